@@ -1,0 +1,3 @@
+from lora_cli.cli.main import main
+
+main()

@@ -1,0 +1,84 @@
+"""What a user can get wrong: problems with a place and a fix, and the exit code of their class (contract, part 3).
+
+Standard library only: every floor raises these, and `cli/console.py` prints them.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One mistake: what is wrong, where (`file:line:column`, or a path), the line as it stands, how to put it right."""
+
+    what: str
+    where: str = ""
+    line: str = ""
+    fix: str = ""
+
+    def __str__(self) -> str:
+        parts = [f"error: {self.what}"]
+        if self.where:
+            parts.append(f"  --> {self.where}")
+        if self.line:
+            parts.append(f"     | {self.line}")
+        if self.fix:
+            parts.append(f"  fix: {self.fix}")
+        return "\n".join(parts)
+
+
+class UserError(Exception):
+    """An error the user can put right. Subclasses carry the exit code; all problems are reported at once."""
+
+    code = 1
+
+    def __init__(self, *problems: Problem) -> None:
+        super().__init__("\n\n".join(map(str, problems)))
+        self.problems = problems
+
+
+class RecipeError(UserError):
+    """Usage or recipe."""
+
+    code = 2
+
+
+class DataError(UserError):
+    """Rows, files or formats."""
+
+    code = 3
+
+
+class ModelError(UserError):
+    """Model, tokenizer, adapter or checkpoint."""
+
+    code = 4
+
+
+class StorageError(UserError):
+    """The output exists, is locked, read-only or full; or I/O failed."""
+
+    code = 5
+
+
+class DivergedError(UserError):
+    """Non-finite values, or an adapter that does nothing."""
+
+    code = 6
+
+
+class OutOfMemoryError(UserError):
+    """Device or host memory."""
+
+    code = 7
+
+
+class DistributedError(UserError):
+    """A worker died, timed out, or ranks disagree."""
+
+    code = 8
+
+
+class SafetyError(UserError):
+    """Refused for safety: pickles, foreign code, paths that lead out of a folder."""
+
+    code = 9

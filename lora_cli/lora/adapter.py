@@ -1,0 +1,120 @@
+"""An adapter is a value: a config and the low-rank factors of each layer, apart from any model."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from lora_cli.errors import DivergedError, ModelError, Problem
+from lora_cli.lora.base_files import Fingerprint
+from lora_cli.lora.config import LoRAConfig
+from lora_cli.lora.inject import inject, linears, lora_layers
+from lora_cli.lora.layer import merged_weight
+from lora_cli.lora.weights import storage_of
+
+
+@dataclass(frozen=True)
+class Factors:
+    """One layer's update: A [r, in], B [out, r], and DoRA's magnitude [out]."""
+
+    A: Tensor
+    B: Tensor
+    magnitude: Tensor | None = None
+
+    def merge_into(self, W: Tensor, scale: float) -> Tensor:
+        """[out, in] float32: the weight that acts like W with this update beside it."""
+        return merged_weight(W, self.A, self.B, scale, self.magnitude)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """`layers` holds the factors by the path of the module they belong to, float32, on the CPU."""
+
+    config: LoRAConfig
+    layers: Mapping[str, Factors]
+    base: Fingerprint | None = None
+
+    @classmethod
+    def of(cls, model: nn.Module, config: LoRAConfig, base: Fingerprint | None = None) -> "Adapter":
+        """A copy of what the model has learned, as a plain adapter of its unchanged base.
+
+        A start that is taken off in the forward (PiSSA, OLoRA) becomes part of the factors, which doubles the rank.
+        """
+        found = lora_layers(model)
+        layers = {path: _factors(layer) for path, layer in found.items()}
+        started = any(layer.start_A is not None for layer in found.values())
+        return cls(config.with_rank_times(2) if started else config, layers, base)
+
+    @property
+    def parameters(self) -> int:
+        return sum(t.numel() for f in self.layers.values() for t in (f.A, f.B, f.magnitude) if t is not None)
+
+    def inject_into(self, model: nn.Module) -> None:
+        """Put this adapter's layers into a model that has none. Raises ModelError for modules that don't fit."""
+        self._check_fits(model)
+        inject(model, replace(self.config, lora_dropout=0.0), list(self.layers))
+        with torch.no_grad():
+            for path, layer in lora_layers(model).items():
+                factors = self.layers[path]
+                layer.lora_A.copy_(factors.A)
+                layer.lora_B.copy_(factors.B)
+                if factors.magnitude is not None:
+                    layer.magnitude.copy_(factors.magnitude)
+
+    def check_alive(self) -> None:
+        """Raise DivergedError when a value is not finite, or when every B is zero: such an adapter changes nothing."""
+        broken = [path for path, f in self.layers.items() if not all(_finite(t) for t in (f.A, f.B, f.magnitude))]
+        if broken:
+            raise DivergedError(
+                Problem(
+                    f"the adapter holds values that are not finite in {len(broken)} layers, first {broken[0]}",
+                    fix="train again from an earlier checkpoint, with a lower `training.learning_rate`",
+                )
+            )
+        if not any(f.B.any() for f in self.layers.values()) and not self.config.use_dora:
+            raise DivergedError(
+                Problem(
+                    "the adapter does nothing: every lora_B is zero",
+                    fix="check that the run trained for a step and that its learning rate is above 0",
+                )
+            )
+
+    def _check_fits(self, model: nn.Module) -> None:
+        found = linears(model)
+        problems = []
+        for path, factors in self.layers.items():
+            if path not in found:
+                problems.append(
+                    Problem(
+                        f"the adapter changes {path}, which this base does not have",
+                        fix="give the base it was trained on with `--base`",
+                    )
+                )
+                continue
+            out_features, in_features = storage_of(found[path]).shape(found[path])
+            if (factors.B.shape[0], factors.A.shape[1]) != (out_features, in_features):
+                problems.append(
+                    Problem(
+                        f"{path} is [{out_features}, {in_features}] in this base, and [{factors.B.shape[0]}, {factors.A.shape[1]}] in the adapter",
+                        fix="give the base it was trained on with `--base`",
+                    )
+                )
+        if problems:
+            raise ModelError(
+                *problems[:3], *([Problem(f"… and {len(problems) - 3} layers more")] if len(problems) > 3 else [])
+            )
+
+
+def _factors(layer: nn.Module) -> Factors:
+    A, B = layer.factors()
+    magnitude = None if layer.magnitude is None else _copy(layer.magnitude)
+    return Factors(_copy(A), _copy(B), magnitude)
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", torch.float32, copy=True)
+
+
+def _finite(tensor: Tensor | None) -> bool:
+    return tensor is None or bool(tensor.isfinite().all())

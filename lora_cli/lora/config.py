@@ -1,0 +1,68 @@
+"""What an adapter is, in PEFT's words and without torch.
+
+How A and B *start* (kaiming, PiSSA …) is not here: it is a property of a run, not of the adapter that comes out of it.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from math import sqrt
+from typing import TypeVar
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAConfig:
+    """h = W₀x + scale · B A x, with scale = lora_alpha / r (Hu et al. 2021, section 4.1).
+
+    `rank_pattern` and `alpha_pattern` give single modules another rank or alpha: keys are patterns (see `matches`),
+    and the first that matches wins.
+    """
+
+    r: int
+    lora_alpha: float
+    target_modules: tuple[str, ...]
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    use_dora: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    task_type: str | None = "CAUSAL_LM"
+
+    @property
+    def scale(self) -> float:
+        """alpha / r, or alpha / sqrt(r) with rsLoRA (Kalajdzievski 2023, theorem 3.2)."""
+        return self.lora_alpha / (sqrt(self.r) if self.use_rslora else self.r)
+
+    def at(self, path: str) -> "LoRAConfig":
+        """This config as it holds for the module at `path`: patterns resolved into `r` and `lora_alpha`."""
+        return replace(
+            self,
+            r=first_match(self.rank_pattern, path, self.r),
+            lora_alpha=first_match(self.alpha_pattern, path, self.lora_alpha),
+            rank_pattern={},
+            alpha_pattern={},
+        )
+
+    def with_rank_times(self, factor: int) -> "LoRAConfig":
+        """Every rank times `factor`, and every alpha such that no scale changes."""
+        alpha_factor = sqrt(factor) if self.use_rslora else factor
+        return replace(
+            self,
+            r=self.r * factor,
+            lora_alpha=self.lora_alpha * alpha_factor,
+            rank_pattern={pattern: r * factor for pattern, r in self.rank_pattern.items()},
+            alpha_pattern={pattern: alpha * alpha_factor for pattern, alpha in self.alpha_pattern.items()},
+        )
+
+
+def matches(pattern: str, path: str) -> bool:
+    """PEFT's rule for patterns: a regular expression over whole name segments at the end of the module's path."""
+    return re.fullmatch(rf"(.*\.)?({pattern})", path) is not None
+
+
+def first_match(patterns: Mapping[str, Value], path: str, default: Value) -> Value:
+    return next((value for pattern, value in patterns.items() if matches(pattern, path)), default)

@@ -1,0 +1,109 @@
+"""Putting LoRA layers into a model, finding them again, and switching them off.
+
+A target is a module path; what is found there decides, through a table, which layer class wraps it.
+"""
+
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from lora_cli.errors import ModelError, Problem, RecipeError
+from lora_cli.lora.config import LoRAConfig
+from lora_cli.lora.init import Init, kaiming
+from lora_cli.lora.layer import LoRALinear
+from lora_cli.lora.weights import STORAGES, keep_unpacked, storage_of
+
+log = logging.getLogger(__name__)
+
+HIGH_RANK = 64
+LAYERS = {storage.class_name: LoRALinear for storage in STORAGES}
+
+
+def linears(model: nn.Module) -> dict[str, nn.Module]:
+    """Every linear layer that LoRA can wrap, by path, in the model's order."""
+    return {path: module for path, module in model.named_modules() if storage_of(module) is not None}
+
+
+def inject(
+    model: nn.Module, config: LoRAConfig, paths: Sequence[str], *, init: Init = kaiming, seed: int = 0
+) -> dict[str, LoRALinear]:
+    """Freeze the model and wrap the modules at `paths`; returns the LoRA layers by path.
+
+    Each layer's start is a function of (seed, path) alone: the same on every process and for any choice of targets.
+    """
+    model.requires_grad_(False)
+    keep_unpacked(model)
+    for path in paths:
+        base = model.get_submodule(path)
+        storage = storage_of(base)
+        if storage is None:
+            raise ModelError(_not_linear(path, base))
+        layer = LAYERS[storage.class_name](base, config.at(path))
+        try:
+            init(layer, generator_for(seed, path))
+        except ValueError as error:
+            raise RecipeError(
+                Problem(f"`lora.init` can't start {path}: {error}", fix="lower `lora.r`, or use `lora.init: default`")
+            ) from error
+        layer.train(base.training)
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, layer)
+    layers = lora_layers(model)
+    _warn_of_ranks(config, layers)
+    return layers
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """The LoRA layers of a model by the path of the module they wrap."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """The base model, bit for bit: every adapter is switched off inside the block."""
+    layers = list(lora_layers(model).values())
+    for layer in layers:
+        layer.enabled = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enabled = True
+
+
+def generator_for(seed: int, *names: object) -> torch.Generator:
+    """A CPU generator whose stream depends on the seed and the names alone, never on what was drawn before."""
+    return torch.Generator().manual_seed(derived_seed(seed, *names))
+
+
+def derived_seed(seed: int, *names: object) -> int:
+    """A 63-bit seed, hashed from `seed` and `names`: streams for different names don't overlap."""
+    digest = hashlib.sha256(repr((seed, *names)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def _warn_of_ranks(config: LoRAConfig, layers: dict[str, LoRALinear]) -> None:
+    if config.r > HIGH_RANK:
+        log.warning(
+            "`lora.r` is %d: above %d, more data or more targets usually buy more than more rank", config.r, HIGH_RANK
+        )
+    narrow = [
+        path for path, layer in layers.items() if len(layer.lora_A) > min(layer.lora_A.shape[1], len(layer.lora_B))
+    ]
+    if narrow:
+        log.warning(
+            "the rank is above the width of %d layers (%s …): it adds parameters there and nothing else",
+            len(narrow),
+            narrow[0],
+        )
+
+
+def _not_linear(path: str, module: nn.Module) -> Problem:
+    return Problem(
+        f"{path} is a {type(module).__name__}; an adapter can change {', '.join(LAYERS)}",
+        fix="name linear layers in `lora.targets`, or use `all-linear`",
+    )

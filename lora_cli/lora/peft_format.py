@@ -1,0 +1,235 @@
+"""PEFT's two files, both ways: adapter_config.json and adapter_model.safetensors.
+
+Written so that PEFT, vLLM, llama.cpp and others load the folder as it is: classic keys only, float32, whole-number
+alphas as integers, target_modules as a sorted list. Read strictly: a key or a setting that would be ignored is an error.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from lora_cli.errors import ModelError, Problem, SafetyError
+from lora_cli.lora.adapter import Adapter, Factors
+from lora_cli.lora.base_files import Fingerprint, read_header, read_metadata
+from lora_cli.lora.config import LoRAConfig
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+PICKLED_WEIGHTS = "adapter_model.bin"
+FINGERPRINT = "lora.base_fingerprint"
+PREFIX = "base_model.model."
+LARGEST_CONFIG_BYTES = 1_000_000
+MOST_TENSORS = 50_000
+
+# Settings of PEFT that change what an adapter computes and that are not read here: anything but these values is refused.
+NOT_READ: Mapping[str, tuple] = {
+    "bias": ("none",),
+    "lora_bias": (False,),
+    "modules_to_save": (None, []),
+    "target_parameters": (None, []),
+    "trainable_token_indices": (None, [], {}),
+    "layer_replication": (None, []),
+    "alora_invocation_tokens": (None, []),
+    "use_qalora": (False,),
+    "use_bdlora": (None, False),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    "velora_config": (None,),
+    "monteclora_config": (None,),
+}
+
+
+def save_adapter(adapter: Adapter, folder: Path, *, transposed: bool = False) -> None:
+    """Write the two files. `transposed` tells PEFT that the base's weights are [in, out] (GPT-2's Conv1D)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    metadata = {"format": "pt"} | ({FINGERPRINT: adapter.base.to_json()} if adapter.base else {})
+    # `save` and a plain write, because `save_file` makes files that only their owner may read
+    (folder / WEIGHTS).write_bytes(save(to_tensors(adapter), metadata))
+    (folder / CONFIG).write_text(json.dumps(to_peft(adapter.config, transposed), indent=2) + "\n")
+
+
+def load_adapter(folder: Path) -> Adapter:
+    """Read an adapter that `lora` or PEFT wrote. Raises ModelError for damage or surplus, SafetyError for a pickle."""
+    config = from_peft(_read_config(folder), where=folder / CONFIG)
+    file = folder / WEIGHTS
+    if not file.is_file():
+        raise _no_weights(folder)
+    if len(read_header(file)) > MOST_TENSORS:
+        raise SafetyError(
+            Problem(f"it claims more than {MOST_TENSORS:,} tensors", where=str(file), fix="don't use this adapter")
+        )
+    try:
+        tensors = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(Problem(f"it is damaged: {error}", where=str(file), fix="copy or train it again")) from error
+    layers = _layers(tensors, config, where=file)
+    fingerprint = read_metadata(file).get(FINGERPRINT)
+    return Adapter(config, layers, Fingerprint.from_json(fingerprint) if fingerprint else None)
+
+
+def to_tensors(adapter: Adapter) -> dict[str, Tensor]:
+    """PEFT's names: `base_model.model.<path>.lora_A.weight`, and `….lora_magnitude_vector` without `.weight`."""
+    tensors = {}
+    for path, factors in adapter.layers.items():
+        tensors[f"{PREFIX}{path}.lora_A.weight"] = factors.A.contiguous()
+        tensors[f"{PREFIX}{path}.lora_B.weight"] = factors.B.contiguous()
+        if factors.magnitude is not None:
+            tensors[f"{PREFIX}{path}.lora_magnitude_vector"] = factors.magnitude.contiguous()
+    return tensors
+
+
+def to_peft(config: LoRAConfig, transposed: bool = False) -> dict:
+    """adapter_config.json. `init_lora_weights` is always true: a loaded adapter must not start again."""
+    return {
+        "peft_type": "LORA",
+        "task_type": config.task_type,
+        "base_model_name_or_path": config.base_model_name_or_path,
+        "revision": config.revision,
+        "r": config.r,
+        "lora_alpha": _whole(config.lora_alpha),
+        "lora_dropout": config.lora_dropout,
+        "target_modules": sorted(config.target_modules),
+        "exclude_modules": None,
+        "rank_pattern": dict(config.rank_pattern),
+        "alpha_pattern": {pattern: _whole(alpha) for pattern, alpha in config.alpha_pattern.items()},
+        "use_rslora": config.use_rslora,
+        "use_dora": config.use_dora,
+        "bias": "none",
+        "fan_in_fan_out": transposed,
+        "modules_to_save": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+
+
+def from_peft(found: Mapping, where: Path) -> LoRAConfig:
+    """A LoRAConfig from adapter_config.json's mapping. Raises ModelError for other methods and for settings not read."""
+    if found.get("peft_type") != "LORA":
+        raise ModelError(
+            Problem(f"`peft_type` is {found.get('peft_type')!r}, not LORA", where=str(where), fix="give a LoRA adapter")
+        )
+    problems = [
+        Problem(
+            f"the adapter uses `{key}: {found[key]!r}`, which `lora` does not read yet",
+            where=str(where),
+            fix="merge it with PEFT, or train it without",
+        )
+        for key, plain in NOT_READ.items()
+        if key in found and found[key] not in plain
+    ]
+    if problems:
+        raise ModelError(*problems)
+    targets = found.get("target_modules") or ()
+    return LoRAConfig(
+        r=int(found.get("r", 8)),
+        lora_alpha=found.get("lora_alpha", 8),
+        target_modules=(targets,) if isinstance(targets, str) else tuple(sorted(targets)),
+        lora_dropout=float(found.get("lora_dropout") or 0.0),
+        use_rslora=bool(found.get("use_rslora")),
+        use_dora=bool(found.get("use_dora")),
+        rank_pattern=found.get("rank_pattern") or {},
+        alpha_pattern=found.get("alpha_pattern") or {},
+        base_model_name_or_path=found.get("base_model_name_or_path"),
+        revision=found.get("revision"),
+        task_type=found.get("task_type"),
+    )
+
+
+def _layers(tensors: Mapping[str, Tensor], config: LoRAConfig, where: Path) -> dict[str, Factors]:
+    parts: dict[str, dict[str, Tensor]] = {}
+    strange = []
+    for name, tensor in tensors.items():
+        path, _, part = name.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
+        if not name.startswith(PREFIX) or part not in ("lora_A", "lora_B", "lora_magnitude_vector"):
+            strange.append(name)
+        else:
+            parts.setdefault(path, {})[part] = tensor.to(torch.float32)
+    if strange or not parts:
+        what = (
+            f"{len(strange)} tensors that are no LoRA factors, first {strange[0]!r}"
+            if strange
+            else "no LoRA factors at all"
+        )
+        raise ModelError(
+            Problem(f"the adapter holds {what}", where=str(where), fix="save it again with PEFT's `save_pretrained`")
+        )
+    return {
+        path: _checked_factors(path, found, config.at(path), where)
+        for path, found in sorted(parts.items(), key=_natural)
+    }
+
+
+def _checked_factors(path: str, found: Mapping[str, Tensor], config: LoRAConfig, where: Path) -> Factors:
+    needed = {"lora_A", "lora_B"} | ({"lora_magnitude_vector"} if config.use_dora else set())
+    if missing := sorted(needed - set(found)):
+        raise ModelError(
+            Problem(
+                f"{path} lacks {', '.join(missing)}",
+                where=str(where),
+                fix="copy or train the adapter again: a part of it is not there",
+            )
+        )
+    A, B = found["lora_A"], found["lora_B"]
+    if A.ndim != 2 or B.ndim != 2 or A.shape[0] != config.r or B.shape[1] != config.r:
+        raise ModelError(
+            Problem(
+                f"{path} has factors {tuple(A.shape)} and {tuple(B.shape)}, and {CONFIG} says rank {config.r}",
+                where=str(where),
+                fix="use the config and the weights of one and the same adapter",
+            )
+        )
+    return Factors(A, B, found.get("lora_magnitude_vector"))
+
+
+def _read_config(folder: Path) -> dict:
+    file = folder / CONFIG
+    if not file.is_file():
+        raise ModelError(
+            Problem(
+                f"no {CONFIG}: this is no adapter folder",
+                where=str(folder),
+                fix="give the folder that `lora train` wrote to",
+            )
+        )
+    if file.stat().st_size > LARGEST_CONFIG_BYTES:
+        raise SafetyError(
+            Problem(f"it is larger than {LARGEST_CONFIG_BYTES:,} bytes", where=str(file), fix="don't use this adapter")
+        )
+    try:
+        found = json.loads(file.read_text())
+    except ValueError as error:
+        raise ModelError(
+            Problem(f"it is no JSON: {error}", where=str(file), fix="copy or train the adapter again")
+        ) from error
+    if not isinstance(found, dict):
+        raise ModelError(Problem("it is no JSON object", where=str(file), fix="copy or train the adapter again"))
+    return found
+
+
+def _no_weights(folder: Path) -> Exception:
+    if (folder / PICKLED_WEIGHTS).exists():
+        return SafetyError(
+            Problem(
+                f"{PICKLED_WEIGHTS} is a pickle, which can run code when it is read",
+                where=str(folder),
+                fix="load it with PEFT where that can do no harm, and `save_pretrained` it again as safetensors",
+            )
+        )
+    return ModelError(Problem(f"no {WEIGHTS}", where=str(folder), fix="copy or train the adapter again"))
+
+
+def _whole(number: float) -> float:
+    """16.0 -> 16: some runtimes read lora_alpha as an integer."""
+    return int(number) if number == int(number) else number
+
+
+def _natural(item: tuple[str, object]) -> list:
+    """layers.2 before layers.10."""
+    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in item[0].split(".")]

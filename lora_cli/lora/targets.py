@@ -1,0 +1,160 @@
+"""Which modules an adapter changes: letters, names, patterns or `all-linear`, over any architecture's own names.
+
+Pure functions over module paths, so that `lora params` (formula, no torch) and `inject` (real modules) choose the same.
+"""
+
+import difflib
+import re
+from collections.abc import Collection, Iterable, Sequence
+
+from lora_cli.errors import ModelError, Problem
+from lora_cli.lora.config import matches
+
+ALL_LINEAR = "all-linear"
+LETTERS = {
+    "q": "query projection",
+    "k": "key projection",
+    "v": "value projection",
+    "o": "attention output projection",
+    "g": "MLP gate projection",
+    "u": "MLP up projection",
+    "d": "MLP down projection",
+}
+
+# What a module's name says it is. The first row that matches wins, so `attention.output.dense` comes before `output.dense`.
+ROLES = (
+    (r"qkv_proj|query_key_value|Wqkv|qkv|attn\.c_attn", "qkv"),
+    (r"q_proj|query|query_proj|q_lin", "q"),
+    (r"k_proj|key|key_proj|k_lin", "k"),
+    (r"v_proj|value|value_proj|v_lin", "v"),
+    (r"o_proj|out_lin|\w*att\w*\.(out_proj|dense|c_proj|output\.dense)", "o"),
+    (r"gate_up_proj", "gu"),
+    (r"gate_proj", "g"),
+    (r"up_proj|c_fc|fc1|fc_in|dense_h_to_4h|intermediate\.dense|lin1", "u"),
+    (r"down_proj|mlp\.c_proj|fc2|fc_out|dense_4h_to_h|output\.dense|lin2", "d"),
+)
+
+
+def role(path: str) -> str:
+    """The letters a module stands for: `q` for a q_proj, `qkv` for a fused projection, nothing for others."""
+    return next((letters for pattern, letters in ROLES if matches(pattern, path)), "")
+
+
+def is_letters(targets: str | Sequence[str]) -> bool:
+    return isinstance(targets, str) and bool(targets) and set(targets) <= set(LETTERS)
+
+
+def choose_targets(
+    targets: str | Sequence[str],
+    linears: Sequence[str],
+    *,
+    head: Collection[str] = (),
+    exclude: Iterable[str] = (),
+    layers: Collection[int] | None = None,
+) -> list[str]:
+    """The paths among `linears` that `targets` name, in the model's order.
+
+    `head` are output projections: letters and all-linear leave them out, an explicit name reaches them.
+    Raises ModelError for every entry that matches nothing, naming the nearest modules.
+    """
+    body = [path for path in linears if path not in head]
+    if targets == ALL_LINEAR:
+        chosen = set(body)
+    elif is_letters(targets):
+        chosen = _by_letters(targets, body)
+    else:
+        entries = [targets] if isinstance(targets, str) else list(targets)
+        chosen = _by_patterns(entries, linears, key="lora.targets")
+    if exclude := list(exclude):
+        chosen -= _by_patterns(exclude, linears, key="lora.exclude")
+    if layers is not None:
+        chosen = {path for path in chosen if layer_index(path) in layers}
+    if not chosen:
+        raise ModelError(
+            Problem(
+                "no module is left to adapt after `lora.exclude` and `lora.layers`",
+                fix=f"choose among {_listing(body)}",
+            )
+        )
+    return [path for path in linears if path in chosen]
+
+
+def layer_index(path: str) -> int | None:
+    """The number of the block a module stands in: 3 for `model.layers.3.self_attn.q_proj`."""
+    return next((int(part) for part in path.split(".") if part.isdigit()), None)
+
+
+def fused_letters(letters: str, chosen: Iterable[str]) -> dict[str, str]:
+    """Fused modules that `letters` reach only in part, by name: {"c_attn": "qkv"} for `qv` on GPT-2."""
+    return {path.rsplit(".", 1)[-1]: role(path) for path in chosen if not set(role(path)) <= set(letters)}
+
+
+def shortest_suffixes(chosen: Collection[str], every_module: Collection[str]) -> tuple[str, ...]:
+    """The fewest, shortest path endings that name exactly `chosen` among `every_module`: PEFT's `target_modules`."""
+    chosen, suffixes = set(chosen), set()
+    others = _endings(path for path in every_module if path not in chosen)
+    for path in chosen:
+        suffixes.add(next((end for end in _endings_of(path) if end not in others), path))
+    return tuple(sorted(suffixes))
+
+
+def _by_letters(letters: str, body: Sequence[str]) -> set[str]:
+    roles = {path: role(path) for path in body}
+    present = "".join(letter for letter in LETTERS if any(letter in found for found in roles.values()))
+    if missing := [letter for letter in letters if letter not in present]:
+        raise ModelError(
+            *(
+                Problem(
+                    f"`{letter}` in `lora.targets: {letters}` matches nothing: this model has no {LETTERS[letter]}",
+                    fix=f"letters here: {' '.join(present) or 'none'}; its linear layers are {_listing(body)}",
+                )
+                for letter in missing
+            )
+        )
+    return {path for path, found in roles.items() if set(found) & set(letters)}
+
+
+def _by_patterns(entries: Sequence[str], linears: Sequence[str], *, key: str) -> set[str]:
+    chosen: set[str] = set()
+    problems = []
+    for entry in entries:
+        try:
+            found = {path for path in linears if matches(entry, path)}
+        except re.error as error:
+            problems.append(
+                Problem(
+                    f"`{entry}` in `{key}` is not a valid pattern: {error}",
+                    fix="use a name, or a regular expression such as `.*_proj`",
+                )
+            )
+            continue
+        if not found:
+            problems.append(
+                Problem(
+                    f"`{entry}` in `{key}` matches no linear layer of this model",
+                    fix=f"the nearest: {_nearest(entry, linears)}",
+                )
+            )
+        chosen |= found
+    if problems:
+        raise ModelError(*problems)
+    return chosen
+
+
+def _nearest(entry: str, linears: Sequence[str]) -> str:
+    names = list(dict.fromkeys(path.rsplit(".", 1)[-1] for path in linears))
+    return ", ".join(difflib.get_close_matches(entry.rsplit(".", 1)[-1], names, n=10, cutoff=0.4) or names[:10])
+
+
+def _listing(paths: Sequence[str]) -> str:
+    return ", ".join(list(dict.fromkeys(path.rsplit(".", 1)[-1] for path in paths))[:10])
+
+
+def _endings(paths: Iterable[str]) -> set[str]:
+    return {end for path in paths for end in _endings_of(path)}
+
+
+def _endings_of(path: str) -> list[str]:
+    """`a.b.c` -> `c`, `b.c`, `a.b.c`."""
+    parts = path.split(".")
+    return [".".join(parts[-n:]) for n in range(1, len(parts) + 1)]
