@@ -1,0 +1,108 @@
+"""What keys must mean together: one small function a rule, `(Recipe) -> Problem | None`.
+
+A rule names the keys it reads. Its problem points to the first of them, and it is not asked when one has no usable
+value. Limits of a single value are not here but in `schema.py`.
+"""
+
+import re
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from lora_cli.errors import Problem
+from lora_cli.recipe.document import shown
+from lora_cli.recipe.schema import Recipe, share_of
+
+POLYNOMIAL_END = 1e-7  # where transformers' polynomial schedule ends; it wants to start above
+
+
+class Rule(NamedTuple):
+    keys: tuple[str, ...]
+    check: Callable[[Recipe], Problem | None]
+
+
+def packing_has_not_landed(recipe: Recipe) -> Problem | None:
+    if not recipe.data.packing:
+        return None
+    return Problem("`data.packing: true` is not possible yet: packing has not landed", fix="set `data.packing: false`")
+
+
+def share_leaves_rows_on_both_sides(recipe: Recipe) -> Problem | None:
+    source = recipe.data.eval or ""
+    share = share_of(source)
+    if share is None or 0 < share < 1:
+        return None
+    what = f"`data.eval: {shown(source)}` leaves no rows to {'train on' if share else 'evaluate'}"
+    return Problem(what, fix="set a share above 0 % and below 100 %, such as `data.eval: 5%`")
+
+
+def share_has_its_sign(recipe: Recipe) -> Problem | None:
+    source = recipe.data.eval or ""
+    if not re.fullmatch(r"[0-9]*\.?[0-9]+", source):
+        return None
+    return Problem(f"`data.eval: {shown(source)}` is a number without `%`", fix="write a share such as `data.eval: 5%`")
+
+
+def micro_batch_fits_the_global_batch(recipe: Recipe) -> Problem | None:
+    micro, whole = recipe.training.micro_batch_size, recipe.training.global_batch_size
+    if micro == "auto" or micro <= whole:
+        return None
+    what = f"`training.micro_batch_size: {micro}` is larger than `training.global_batch_size: {whole}`"
+    return Problem(what, fix=f"set `training.micro_batch_size: {whole}` or less, or `auto`")
+
+
+def patience_needs_evaluations(recipe: Recipe) -> Problem | None:
+    if recipe.training.early_stopping_patience is None:
+        return None
+    missing = {"`data.eval`": recipe.data.eval, "`training.eval_steps`": recipe.training.eval_steps}
+    if not (names := [name for name, value in missing.items() if value is None]):
+        return None
+    what = f"`training.early_stopping_patience` needs {' and '.join(names)}: it counts evaluations"
+    return Problem(what, fix="set `data.eval: 5%` and `training.eval_steps: 100`, or leave the patience out")
+
+
+def evaluations_need_rows(recipe: Recipe) -> Problem | None:
+    training = recipe.training
+    if training.eval_steps is None or recipe.data.eval or training.sample_prompts or training.early_stopping_patience:
+        return None
+    return Problem("`training.eval_steps` needs `data.eval`: there is nothing to evaluate", fix="set `data.eval: 5%`")
+
+
+def polynomial_ends_below_its_start(recipe: Recipe) -> Problem | None:
+    training = recipe.training
+    if training.lr_scheduler != "polynomial" or training.learning_rate > POLYNOMIAL_END:
+        return None
+    what = f"`training.lr_scheduler: polynomial` ends at {POLYNOMIAL_END:g}, which is not below the learning rate"
+    return Problem(
+        what, fix=f"set `training.learning_rate` above {POLYNOMIAL_END:g}, or `training.lr_scheduler: linear`"
+    )
+
+
+def patterns_compile(key: str, patterns: Iterable[str]) -> Problem | None:
+    """PEFT's patterns are regular expressions."""
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            what = f"`{shown(pattern)}` in `{key}` is not a valid pattern: {error}"
+            return Problem(what, fix="use a name, or a regular expression such as `.*_proj`")
+    return None
+
+
+def _targets(recipe: Recipe) -> list[str]:
+    targets = recipe.lora.targets
+    return [targets] if isinstance(targets, str) else targets
+
+
+RULES = (
+    Rule(("data.packing",), packing_has_not_landed),
+    Rule(("data.eval",), share_leaves_rows_on_both_sides),
+    Rule(("data.eval",), share_has_its_sign),
+    Rule(("training.micro_batch_size", "training.global_batch_size"), micro_batch_fits_the_global_batch),
+    Rule(("training.early_stopping_patience", "training.eval_steps", "data.eval"), patience_needs_evaluations),
+    Rule(("training.eval_steps", "data.eval", "training.sample_prompts"), evaluations_need_rows),
+    Rule(("training.lr_scheduler", "training.learning_rate"), polynomial_ends_below_its_start),
+    Rule(("lora.targets",), lambda recipe: patterns_compile("lora.targets", _targets(recipe))),
+    Rule(("lora.exclude",), lambda recipe: patterns_compile("lora.exclude", recipe.lora.exclude)),
+    Rule(("lora.rank_pattern",), lambda recipe: patterns_compile("lora.rank_pattern", recipe.lora.rank_pattern)),
+    Rule(("lora.alpha_pattern",), lambda recipe: patterns_compile("lora.alpha_pattern", recipe.lora.alpha_pattern)),
+)

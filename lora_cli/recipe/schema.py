@@ -1,0 +1,281 @@
+"""Every key of a recipe: its type, default, limits, and one sentence on what it does. This is their only home.
+
+From here come the reader's checks, `--set`, docs/recipe.md, the JSON Schema for editors, and the wording of errors.
+The models are frozen and know no YAML; `reader.py` gives values their place in the file.
+"""
+
+import re
+from functools import cache
+from inspect import isclass
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic.fields import FieldInfo
+
+from lora_cli.lora.config import LoRAConfig
+from lora_cli.lora.targets import ALL_LINEAR
+
+NonEmpty = Annotated[str, Field(min_length=1)]
+Positive = Annotated[int, Field(ge=1)]
+Index = Annotated[int, Field(ge=0)]
+PositiveNumber = Annotated[float, Field(gt=0)]
+Several = Annotated[list[NonEmpty], Field(min_length=1)]
+
+# transformers' schedules that are functions of the step alone and need nothing but warm-up and total steps
+Schedule = Literal[
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
+]
+
+
+class Block(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Model(Block):
+    """The base model: what is loaded, and how it is held in memory."""
+
+    base: NonEmpty = Field(
+        description="Hub id or folder of the pretrained model; a folder is relative to the current one.",
+        examples=["HuggingFaceTB/SmolLM2-135M-Instruct"],
+    )
+    revision: NonEmpty | None = Field(
+        None,
+        description="Branch, tag or commit on the hub; the commit it resolves to is always recorded.",
+        examples=["main"],
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="Number format of the frozen weights; `auto` takes bfloat16 where the hardware computes in it and "
+        "float32 otherwise. The adapter is always float32.",
+    )
+    quantize: Literal["none", "int8", "nf4"] = Field(
+        "none",
+        description="Storage of the frozen weights; `nf4` (QLoRA) needs about a quarter of the memory of 16 bits, "
+        "`int8` half, both at some speed and precision.",
+    )
+    attention: Literal["auto", "eager", "sdpa", "flash", "flex"] = Field(
+        "auto", description="Attention kernel; `auto` takes the fastest that this machine and model have."
+    )
+
+
+class LoRA(Block):
+    """The adapter: how large it is, where it sits, how it starts."""
+
+    r: Positive = Field(8, description="Rank of the update; trainable parameters grow as r × (in + out) per module.")
+    alpha: PositiveNumber | None = Field(
+        None,
+        description="Strength of the update, scale = alpha / r; null means 2 × r, so that r may change alone.",
+        examples=[16],
+    )
+    targets: NonEmpty | Several = Field(
+        ALL_LINEAR,
+        description="Modules that get an adapter: letters (`qv`: q k v o attention, g u d MLP), a list of module names "
+        "or patterns, or `all-linear`; fewer targets train fewer parameters.",
+    )
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="Share of the adapter's inputs zeroed while training; helps on small data."
+    )
+    use_rslora: bool = Field(
+        False, description="Scale by alpha / √r instead of alpha / r, which keeps large ranks learning."
+    )
+    use_dora: bool = Field(
+        False, description="Learn a magnitude per output beside the direction (DoRA); better at low rank, slower."
+    )
+    init: Literal["default", "gaussian", "pissa", "olora"] = Field(
+        "default",
+        description="How A and B start; `pissa` and `olora` start in the base weight's own directions, at the cost of "
+        "a decomposition per module, the others at a random A and B = 0.",
+    )
+    exclude: list[NonEmpty] = Field(
+        [],
+        description="Module names or patterns taken out of `targets`; they stay as in the base.",
+        examples=[["down_proj"]],
+    )
+    layers: Annotated[list[Index], Field(min_length=1)] | None = Field(
+        None,
+        description="Numbers of the transformer blocks to adapt, from 0; null adapts all of them.",
+        examples=[[0, 1, 2]],
+    )
+    rank_pattern: dict[str, Positive] = Field(
+        {},
+        description="Another rank for modules whose path ends in the pattern; the first match wins.",
+        examples=[{"q_proj": 16}],
+    )
+    alpha_pattern: dict[str, PositiveNumber] = Field(
+        {},
+        description="Another alpha for modules whose path ends in the pattern; the first match wins.",
+        examples=[{"q_proj": 32}],
+    )
+
+    @property
+    def effective_alpha(self) -> float:
+        return float(2 * self.r if self.alpha is None else self.alpha)
+
+    def config(
+        self, target_modules: tuple[str, ...] = (), *, base: str | None = None, revision: str | None = None
+    ) -> LoRAConfig:
+        """The adapter that this block describes, once its targets are known; `.scale` is its effective scale."""
+        return LoRAConfig(
+            r=self.r,
+            lora_alpha=self.effective_alpha,
+            target_modules=target_modules,
+            lora_dropout=self.dropout,
+            use_rslora=self.use_rslora,
+            use_dora=self.use_dora,
+            rank_pattern=self.rank_pattern,
+            alpha_pattern=self.alpha_pattern,
+            base_model_name_or_path=base,
+            revision=revision,
+        )
+
+
+class Data(Block):
+    """The rows: where they are, how they read, how long they may be."""
+
+    train: NonEmpty | Several = Field(
+        description="A path (jsonl, json, csv, parquet, txt; relative to the recipe), a hub id, or a list of them, "
+        "read one after the other.",
+        examples=["train.jsonl"],
+    )
+    eval: NonEmpty | None = Field(
+        None,
+        description="Held-out rows: a path, a hub id, or a share of train such as `5%`; null measures nothing.",
+        examples=["5%"],
+    )
+    format: Literal["auto", "text", "completion", "alpaca", "messages", "sharegpt"] = Field(
+        "auto", description="How a row is read; `auto` finds it from the columns and says which it took."
+    )
+    max_length: int = Field(
+        2048, ge=2, description="Tokens of a row at most; longer rows are cut, and how many were is reported."
+    )
+    packing: bool = Field(
+        False, description="Put several rows into one of max_length, which wastes no padding; not available yet."
+    )
+
+
+class Training(Block):
+    """The run: for how long, how fast, in what batches, and what is kept on the way."""
+
+    objective: Literal["sft"] = Field("sft", description="What is minimised; `sft` is cross-entropy on the answers.")
+    epochs: PositiveNumber = Field(3, description="Passes over the training rows; may be a fraction.")
+    max_steps: Positive | None = Field(
+        None, description="Optimizer steps, whatever `epochs` says; the schedule ends with them.", examples=[1000]
+    )
+    max_time: str | None = Field(
+        None,
+        description="Stop and save after this long (`2h`, `90m`, `45s`, `1h30m`), whatever is left; the schedule does "
+        "not shrink to it.",
+        examples=["2h"],
+    )
+    learning_rate: PositiveNumber = Field(
+        2e-4, description="Peak step size; LoRA takes about ten times that of full fine-tuning."
+    )
+    lr_scheduler: Schedule = Field(
+        "cosine", description="Course of the learning rate after warm-up; `constant` has neither warm-up nor decay."
+    )
+    warmup_ratio: float = Field(
+        0.03, ge=0, le=1, description="Share of the steps over which the learning rate rises from zero."
+    )
+    global_batch_size: Positive = Field(
+        16,
+        description="Rows per optimizer step over all devices; accumulation is derived from it, so results don't "
+        "depend on the number of devices.",
+    )
+    micro_batch_size: Literal["auto"] | Positive = Field(
+        "auto", description="Rows per forward on one device; changes memory and speed, never the gradients."
+    )
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = Field(
+        "adamw",
+        description="AdamW and its bitsandbytes forms: `8bit` keeps its state in a quarter of the memory, `paged` "
+        "moves it to host memory when the device is full.",
+    )
+    weight_decay: float = Field(0.0, ge=0, description="Pull of A and B towards zero at each step.")
+    max_grad_norm: float = Field(
+        1.0, ge=0, description="Gradients of a larger norm are scaled down to it; 0 clips nothing."
+    )
+    gradient_checkpointing: Literal["auto"] | bool = Field(
+        "auto",
+        description="Compute activations again in the backward pass instead of keeping them: far less memory, about a "
+        "third more time; `auto` turns it on when memory needs it.",
+    )
+    seed: int = Field(
+        42, ge=0, le=2**32 - 1, description="Fixes the start of A, the order of rows, dropout and samples."
+    )
+    eval_steps: Positive | None = Field(
+        None,
+        description="Steps between evaluations on `data.eval`; null evaluates before the first step and after the last "
+        "only.",
+        examples=[100],
+    )
+    save_steps: Positive | None = Field(
+        100, description="Steps between checkpoints, the most that a crash can cost; null saves at the end only."
+    )
+    keep_checkpoints: int = Field(
+        2, ge=2, description="The newest checkpoints that stay on disk; two, so that a damaged one has a predecessor."
+    )
+    log_steps: Positive = Field(1, description="Steps between lines in the console and in the trackers.")
+    early_stopping_patience: Positive | None = Field(
+        None,
+        description="Stop after this many evaluations in a row without a lower loss; needs `data.eval` and "
+        "`eval_steps`.",
+        examples=[3],
+    )
+    sample_prompts: list[NonEmpty] = Field(
+        [],
+        description="Prompts answered at each evaluation, to read what the loss cannot say; each costs a generation.",
+        examples=[["What is a hacker?"]],
+    )
+    trackers: list[Literal["tensorboard"]] = Field(
+        [],
+        description="Where the curves go besides events.jsonl; `tensorboard` needs the extra of that name.",
+        examples=[["tensorboard"]],
+    )
+
+    @field_validator("max_time")
+    @classmethod
+    def _is_a_time(cls, text: str | None) -> str | None:
+        if text is not None:
+            seconds_of(text)
+        return text
+
+
+class Recipe(Block):
+    """One run, from base model and rows to an adapter."""
+
+    model: Model
+    lora: LoRA = LoRA()
+    data: Data
+    training: Training = Training()
+    output: NonEmpty = Field("out/", description="The run folder, relative to the current one; `--out` overrides it.")
+
+
+@cache
+def blocks() -> dict[str, type[Block]]:
+    """`model`, `lora`, `data`, `training`: the keys of a recipe that hold keys."""
+    types = {name: field.annotation for name, field in Recipe.model_fields.items()}
+    return {name: kind for name, kind in types.items() if isclass(kind) and issubclass(kind, Block)}
+
+
+@cache
+def keys() -> dict[str, FieldInfo]:
+    """Every key by its dotted name, `model.base` to `output`, in the order of the reference."""
+    found: dict[str, FieldInfo] = {}
+    for name, field in Recipe.model_fields.items():
+        inner = blocks()[name].model_fields if name in blocks() else {}
+        found |= {f"{name}.{key}": inner[key] for key in inner} or {name: field}
+    return found
+
+
+def seconds_of(time: str) -> int:
+    """`2h`, `90m`, `45s`, `1h30m` in seconds. ValueError for anything else, and for no time at all."""
+    found = re.fullmatch(r"(?:([0-9]{1,6})h)?(?:([0-9]{1,6})m)?(?:([0-9]{1,6})s)?", time)
+    seconds = sum(int(n or 0) * unit for n, unit in zip(found.groups(), (3600, 60, 1), strict=True)) if found else 0
+    if seconds == 0:
+        raise ValueError("a time such as `2h`, `90m` or `45s`")
+    return seconds
+
+
+def share_of(source: str) -> float | None:
+    """0.05 for `5%`; None for what is no share but a path or hub id."""
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?%", source)
+    return float(found[1]) / 100 if found else None

@@ -1,0 +1,48 @@
+"""Writes the pages that are made from the code; with --check, exits 1 naming those that are stale.
+
+A new page is a row of PAGES: its path, and the function that gives its text.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from lora_cli.recipe.reference import recipe_page, recipe_schema
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def recipe_schema_text() -> str:
+    return json.dumps(recipe_schema(), indent=2, ensure_ascii=False) + "\n"
+
+
+PAGES: tuple[tuple[str, Callable[[], str]], ...] = (
+    ("docs/recipe.md", recipe_page),
+    ("docs/recipe.schema.json", recipe_schema_text),
+)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when a page is stale")
+    check = parser.parse_args().check
+    stale = [name for name, page in PAGES if _current(ROOT / name) != page()]
+    if check:
+        for name in stale:
+            print(f"{name} is stale: run `python scripts/docs.py`", file=sys.stderr)
+        return 1 if stale else 0
+    for name, page in PAGES:
+        if name in stale:
+            (ROOT / name).write_text(page(), encoding="utf-8")
+            print(f"wrote {name}")
+    return 0
+
+
+def _current(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
