@@ -1,0 +1,133 @@
+"""What an adapter trains: r · (in + out) parameters a module, by kind of module and in total.
+
+The linears may come from a formula (`shapes.py`) or from real modules; a Budget doesn't know which.
+"""
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
+from decimal import Decimal, InvalidOperation
+
+from lora_cli.budget.shapes import Linear, ModelShape
+from lora_cli.errors import Problem, RecipeError
+from lora_cli.lora.config import LoRAConfig
+from lora_cli.lora.targets import choose_targets, role
+
+BYTES = 4  # adapters are float32, in memory and on disk
+
+
+@dataclass(frozen=True)
+class Row:
+    """All adapted modules of one kind: same name, same shape, same rank."""
+
+    module: str
+    in_features: int
+    out_features: int
+    r: int
+    count: int
+    each: int  # parameters the adapter adds to one of them
+
+    @property
+    def parameters(self) -> int:
+        return self.count * self.each
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The parameters of a base with its adapter; `share` is what is trained of all."""
+
+    rows: tuple[Row, ...]
+    base: int
+
+    @property
+    def trainable(self) -> int:
+        return sum(row.parameters for row in self.rows)
+
+    @property
+    def total(self) -> int:
+        return self.base + self.trainable
+
+    @property
+    def share(self) -> float:
+        return self.trainable / self.total
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Of the tensors in the adapter's file, which are float32."""
+        return BYTES * self.trainable
+
+    def __str__(self) -> str:
+        return f"{self.trainable:,} of {self.total:,} ({100 * self.share:.4f} %)"
+
+
+def budget_of(adapted: Sequence[Linear], base_parameters: int, config: LoRAConfig) -> Budget:
+    """The budget of an adapter over the linears `adapted`, which `config` gives a rank each."""
+    kinds = Counter(_kind(linear, config) for linear in adapted)
+    rows = tuple(Row(*kind, count=count, each=_each(kind, config)) for kind, count in kinds.items())
+    return Budget(rows, base_parameters)
+
+
+Kind = tuple[str, int, int, int]  # name, in, out, r
+
+
+def _kind(linear: Linear, config: LoRAConfig) -> Kind:
+    return _name(linear.path), linear.in_features, linear.out_features, config.at(linear.path).r
+
+
+def _each(kind: Kind, config: LoRAConfig) -> int:
+    _, in_features, out_features, r = kind
+    magnitude = out_features if config.use_dora else 0
+    return r * (in_features + out_features) + magnitude
+
+
+def _name(path: str) -> str:
+    """`q_proj` where the name alone says what the module is, else with its parents: `attn.c_proj`, `output.dense`."""
+    last = path.rsplit(".", 1)[-1]
+    parts = path.split(".")
+    start = next((i + 1 for i, part in enumerate(parts) if part.isdigit()), 0)
+    return last if role(last) else ".".join(parts[start:])
+
+
+def adapted_linears(
+    shape: ModelShape,
+    targets: str | Sequence[str],
+    *,
+    exclude: Iterable[str] = (),
+    layers: Collection[int] | None = None,
+) -> list[Linear]:
+    """The linears of a base that `targets` name, chosen as on the real modules."""
+    linears = {linear.path: linear for linear in shape.linears}
+    chosen = choose_targets(targets, list(linears), head=shape.head, exclude=exclude, layers=layers)
+    return [linears[path] for path in chosen]
+
+
+def largest_r(adapted: Sequence[Linear], config: LoRAConfig, limit: int) -> int:
+    """The largest `config.r` with which the adapter trains at most `limit` parameters.
+
+    Raises RecipeError when r = 1 is already more, or when `rank_pattern` leaves nothing to choose.
+    """
+    one, two = (budget_of(adapted, 0, replace(config, r=r)).trainable for r in (1, 2))
+    if one == two:
+        raise RecipeError(Problem("`--budget` has no r to choose: `lora.rank_pattern` sets the rank of every module"))
+    if one > limit:
+        what = f"`--budget` allows {limit:,} parameters, and r = 1 on these targets already trains {one:,}"
+        raise RecipeError(Problem(what, fix="name fewer targets, or allow more"))
+    return 1 + (limit - one) // (two - one)
+
+
+UNITS = {"K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9}
+
+
+def parse_limit(text: str, base_parameters: int) -> int:
+    """`5M`, `300K`, `1.5B` or a number of parameters; `0.1%` is a share of base and adapter together."""
+    number, unit = (text[:-1], text[-1].upper()) if text[-1:].upper() in {*UNITS, "%"} else (text, "")
+    try:
+        value = Decimal(number)
+    except InvalidOperation:
+        value = Decimal(0)
+    if not value.is_finite() or value <= 0 or (unit == "%" and value >= 100):
+        fix = "write a number of parameters such as `5M` or `300K`, or a share such as `0.1%`"
+        raise RecipeError(Problem(f"`--budget {text}` is no parameter budget", fix=fix))
+    if unit == "%":
+        return int(base_parameters * value / (100 - value))
+    return int(value * UNITS.get(unit, 1))

@@ -1,0 +1,227 @@
+"""`lora params`: the parameter budget of an adapter, from the shape of its base alone."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from lora_cli.budget.bases import MeasuredBase
+    from lora_cli.budget.memory import Method
+    from lora_cli.budget.params import Budget
+    from lora_cli.recipe.schema import LoRA, Recipe
+
+
+def params(
+    recipe: Annotated[Path | None, typer.Argument(metavar="[RECIPE]", help="Take model and adapter from it.")] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Catalogue name, folder or hub id; else Llama-2-7B.")
+    ] = None,
+    r: Annotated[int | None, typer.Option("--r", metavar="N", min=1, help="Rank of the update.")] = None,
+    targets: Annotated[
+        str | None, typer.Option(metavar="NAMES", help="Letters (`qkvo`), `all-linear`, or `q_proj,v_proj`.")
+    ] = None,
+    alpha: Annotated[float | None, typer.Option(metavar="X", min=0, help="Strength of the update; else 2 × r.")] = None,
+    dora: Annotated[bool | None, typer.Option("--dora/--no-dora", help="Count DoRA's magnitudes too.")] = None,
+    budget: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Find the largest r within `5M`, `300K` or `0.1%`.")
+    ] = None,
+    as_list: Annotated[bool, typer.Option("--list", help="Show the catalogue.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Show what an adapter trains, module by module, and what full fine-tuning, LoRA and QLoRA keep in memory.
+
+    Example: lora params --model Qwen3-8B --r 16 --targets qkvo
+    """
+    from lora_cli.cli.console import show_json
+
+    if as_list:
+        _show_catalogue(as_json)
+        return
+    given = {"r": r, "alpha": alpha, "targets": _targets(targets), "use_dora": dora}
+    answer = _answer(recipe, model, {key: value for key, value in given.items() if value is not None}, budget)
+    if as_json:
+        show_json(_document(answer))
+    else:
+        _show(answer)
+
+
+@dataclass(frozen=True)
+class Answer:
+    base: "MeasuredBase"
+    lora: "LoRA"
+    budget: "Budget"
+    methods: "tuple[Method, ...]"
+    notes: tuple[str, ...]
+
+
+def _answer(path: Path | None, model: str | None, given: dict[str, object], limit: str | None) -> Answer:
+    """The budget of the adapter that the recipe describes, options before recipe before defaults."""
+    from lora_cli.budget.bases import measure_base
+    from lora_cli.budget.catalogue import DEFAULT_MODEL
+    from lora_cli.budget.memory import compare
+    from lora_cli.budget.params import adapted_linears, budget_of
+    from lora_cli.recipe.schema import LoRA
+
+    recipe = _read(path) if path else None
+    lora = (recipe.lora if recipe else LoRA()).model_copy(update=given)
+    revision = recipe.model.revision if recipe and not model else None
+    base = measure_base(model or (recipe.model.base if recipe else DEFAULT_MODEL), revision)
+    adapted = adapted_linears(base.shape, lora.targets, exclude=lora.exclude, layers=lora.layers)
+    if limit:
+        lora = lora.model_copy(update={"r": _solve(limit, lora, adapted, base, given)})
+    budget = budget_of(adapted, base.shape.parameters, lora.config())
+    notes = _notes(base, lora, budget, [linear.path for linear in adapted])
+    return Answer(base, lora, budget, compare(base.shape, budget), notes)
+
+
+def _read(path: Path) -> "Recipe":
+    from lora_cli.recipe.reader import read_recipe
+
+    return read_recipe(path).recipe
+
+
+def _targets(text: str | None) -> str | list[str] | None:
+    """`qv` and `all-linear` as they stand; `q_proj,v_proj` as a list."""
+    names = [name.strip() for name in (text or "").split(",") if name.strip()]
+    return names if len(names) > 1 else text
+
+
+def _solve(limit: str, lora: "LoRA", adapted: list, base: "MeasuredBase", given: dict[str, object]) -> int:
+    from lora_cli.budget.params import largest_r, parse_limit
+    from lora_cli.errors import Problem, RecipeError
+
+    if "r" in given:
+        raise RecipeError(Problem("`--budget` finds r, and `--r` sets it", fix="give one of the two"))
+    return largest_r(adapted, lora.config(), parse_limit(limit, base.shape.parameters))
+
+
+def _notes(base: "MeasuredBase", lora: "LoRA", budget: "Budget", paths: list[str]) -> tuple[str, ...]:
+    from lora_cli.cli.console import bytes_text
+    from lora_cli.lora.targets import fused_letters, is_letters
+
+    notes = list(base.shape.notes)
+    if is_letters(lora.targets):
+        notes += [
+            f"`{name}` holds {' '.join(letters)} in one weight: `{lora.targets}` adapts the whole of it"
+            for name, letters in fused_letters(lora.targets, paths).items()
+        ]
+    narrow = [row.module for row in budget.rows if row.r > min(row.in_features, row.out_features)]
+    if narrow:
+        notes.append(f"the rank is above the width of {', '.join(narrow)}: it adds parameters there and nothing else")
+    if lora.init in ("pissa", "olora"):
+        doubled = bytes_text(2 * budget.adapter_bytes)
+        notes.append(f"`lora.init: {lora.init}` is saved as a plain adapter of twice the rank: {doubled}")
+    return tuple(notes)
+
+
+def _show(answer: Answer) -> None:
+    from lora_cli.budget.memory import ASSUMPTIONS
+    from lora_cli.cli.console import bytes_text, inert, out, show
+
+    budget, lora = answer.budget, answer.lora
+    show(f"{inert(answer.base.name)} · LoRA on {inert(_wanted(lora))} · {_strength(lora)}\n", style="bold")
+    out.print(_modules(budget, use_dora=lora.use_dora))
+    show(f"\ntrained   {budget}", style="bold")
+    show(f"adapter   {bytes_text(budget.adapter_bytes)} on disk (float32)\n")
+    out.print(_memory(answer.methods))
+    show("\n" + "\n".join(ASSUMPTIONS), style="dim")
+    for note in answer.notes:
+        show(f"note: {note}")
+
+
+def _wanted(lora: "LoRA") -> str:
+    return lora.targets if isinstance(lora.targets, str) else ", ".join(lora.targets)
+
+
+def _strength(lora: "LoRA") -> str:
+    root = "√" if lora.use_rslora else ""
+    return f"r {lora.r} · alpha {lora.effective_alpha:g} · scale alpha / {root}r = {lora.config().scale:g}"
+
+
+def _modules(budget: "Budget", *, use_dora: bool) -> "Table":
+    from lora_cli.cli.console import number, plain_table
+
+    pair = "A + B + m each" if use_dora else "A + B each"
+    table = plain_table("module", "in → out", "r", "modules", pair, "parameters")
+    for row in budget.rows:
+        shape = f"{number(row.in_features)} → {number(row.out_features)}"
+        counts = (row.r, row.count, row.each, row.parameters)
+        table.add_row(row.module, shape, *map(number, counts))
+    modules = sum(row.count for row in budget.rows)
+    return _ruled(table, "sum", "", "", number(modules), "", number(budget.trainable))
+
+
+def _memory(methods: "tuple[Method, ...]") -> "Table":
+    from lora_cli.cli.console import bytes_text, number, plain_table
+
+    table = plain_table("memory to train", *(method.name for method in methods))
+    table.add_row("trained parameters", *(number(method.trainable) for method in methods))
+    table.add_row("base weights", *(bytes_text(method.base_bytes) for method in methods))
+    table.add_row("adapter", *(bytes_text(method.adapter_bytes) if method.adapter_bytes else "–" for method in methods))
+    table.add_row("gradients", *(bytes_text(method.gradient_bytes) for method in methods))
+    table.add_row("AdamW state", *(bytes_text(method.optimizer_bytes) for method in methods))
+    return _ruled(table, "sum", *(bytes_text(method.total_bytes) for method in methods))
+
+
+def _ruled(table: "Table", *sums: str) -> "Table":
+    """The table with a rule below its heading and another above its sums."""
+    from rich import box
+
+    table.box, table.show_edge = box.SIMPLE, False
+    table.show_footer, table.footer_style = True, "bold"
+    for column, text in zip(table.columns, sums, strict=True):
+        column.footer = text
+    return table
+
+
+def _document(answer: Answer) -> dict:
+    from lora_cli.budget.memory import ASSUMPTIONS
+
+    base, lora, budget = answer.base, answer.lora, answer.budget
+    return {
+        "model": {
+            "name": base.name,
+            "source": base.source,
+            "model_type": base.shape.model_type,
+            "parameters": budget.base,
+        },
+        "lora": {
+            "r": lora.r,
+            "alpha": lora.effective_alpha,
+            "scale": lora.config().scale,
+            "targets": lora.targets,
+            "use_dora": lora.use_dora,
+        },
+        "modules": [{**asdict(row), "parameters": row.parameters} for row in budget.rows],
+        "trainable": budget.trainable,
+        "total": budget.total,
+        "share": budget.share,
+        "adapter_bytes": budget.adapter_bytes,
+        "memory": [{**asdict(method), "total_bytes": method.total_bytes} for method in answer.methods],
+        "assumptions": ASSUMPTIONS,
+        "notes": answer.notes,
+    }
+
+
+def _show_catalogue(as_json: bool) -> None:
+    from lora_cli.budget.catalogue import CATALOGUE
+    from lora_cli.budget.shapes import shape_of
+    from lora_cli.cli.console import out, plain_table, show_json
+
+    rows = [(entry, shape_of(entry.config)) for entry in CATALOGUE]
+    if as_json:
+        show_json({"models": [{**asdict(entry), "parameters": shape.parameters} for entry, shape in rows]})
+        return
+    table = plain_table("name", "parameters")
+    table.add_column("hub id")
+    for entry, shape in rows:
+        table.add_row(entry.name, _count(shape.parameters), next(iter(entry.hub_ids), "–"))
+    out.print(table)
+
+
+def _count(n: int) -> str:
+    return f"{n / 10**9:.2f}B" if n >= 10**9 else f"{n / 10**6:.0f}M"
