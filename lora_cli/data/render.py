@@ -1,0 +1,244 @@
+"""From meaning to tokens: Conversation, Instruction or Text -> Examples, by the tokenizer's own chat template.
+
+A conversation is rendered turn by turn, as it will be at inference:
+
+    prompt = template(messages before the answer, add_generation_prompt=True)
+    whole  = template(messages up to and with the answer) = prompt + answer + stop token [+ what is never generated]
+
+The answer and its stop token are trained. The next prompt continues the same example if its tokens begin with what is
+there already. If they do not (templates that drop earlier reasoning, a token that reaches over a border), it begins a
+new example: so what stands before a trained answer is always, token by token, what inference will put there.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from jinja2 import TemplateError
+
+from lora_cli.data.sources import quote
+from lora_cli.data.types import BadRow, Conversation, Example, Instruction, Item, Message, RowId, Span, Text
+from lora_cli.errors import ModelError, Problem
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Stanford Alpaca's two prompts (Taori et al. 2023), for bases that have no chat template
+ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+class Renderer:
+    """A tokenizer with its chat template: the one way from text to tokens, in training, evaluation and chat."""
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        self.tokenizer = tokenizer
+        self.has_template = bool(tokenizer.chat_template)
+        self._tagged = self.has_template and GENERATION_TAG.search(tokenizer.get_chat_template()) is not None
+        added = tokenizer.added_tokens_decoder
+        self._special = {id for id, token in added.items() if token.special} | set(tokenizer.all_special_ids)
+        own = tokenizer("")["input_ids"]  # what the tokenizer puts around a text by itself
+        self._bos = own[:1] if own[:1] == [tokenizer.bos_token_id] else []
+
+    def render(self, item: Item, row: RowId) -> list[Example]:
+        """One example; or several for a conversation whose template renders earlier turns anew (see above).
+
+        Raises BadRow where the template refuses the row, and ModelError where no row could be rendered.
+        """
+        if isinstance(item, Instruction):
+            item = as_conversation(item) if self.has_template else as_text(item)
+        tokens = self._conversation(item.messages) if isinstance(item, Conversation) else [self._text(item.spans)]
+        for input_ids, _ in tokens:
+            self._one_bos(input_ids)
+        return [Example(input_ids, weights, row) for input_ids, weights in tokens]
+
+    def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """The tokens before the assistant's next turn."""
+        return self._encode(self._template(messages, add_generation_prompt=True))
+
+    def text_prompt(self, text: str) -> list[int]:
+        """The tokens of a text that is to be continued, with the BOS that the tokenizer puts before it, once."""
+        ids = self._encode(text)
+        return ids if ids[:1] == self._bos else self._bos + ids
+
+    def _conversation(self, messages: Sequence[Message]) -> list[tuple[list[int], list[float]]]:
+        done: list[tuple[list[int], list[float]]] = []
+        input_ids: list[int] = []
+        weights: list[float] = []
+        for end, message in enumerate(messages, 1):
+            if not message.train:
+                continue
+            prompt, answer, answer_weights = self._turn(messages[:end])
+            if prompt[: len(input_ids)] != input_ids:
+                done.append((input_ids, weights))
+                input_ids, weights = [], []
+            weights = weights + [0.0] * (len(prompt) - len(input_ids)) + answer_weights
+            input_ids = prompt + answer
+        return [*done, (input_ids, weights)]
+
+    def _turn(self, messages: Sequence[Message]) -> tuple[list[int], list[int], list[float]]:
+        """The last message's prompt, its answer up to and with the stop token, and the weights of the answer."""
+        if len(messages) == 1:
+            raise BadRow("the conversation begins with an answer, so it has no prompt", fix="begin with a user turn")
+        before = self._template(messages[:-1], add_generation_prompt=True)
+        whole = self._template(messages)
+        if not whole.startswith(before):
+            raise ModelError(_not_a_prefix(before, whole))
+        prompt = self._encode(before)
+        answer = self._continue(prompt, before, whole)
+        stop = self._stop(answer, whole[len(before) :], messages[-1].content)
+        weights = self._marked(messages, prompt + answer)[len(prompt) :][:stop] if self._tagged else [1.0] * stop
+        if 1.0 not in weights:
+            raise ModelError(_marks_nothing(whole[len(before) :]))
+        last = stop - weights[::-1].index(1.0)  # marks may end before the stop token, which is trained in any case
+        return prompt, answer[:stop], weights[:last] + [1.0] * (stop - last)
+
+    def _stop(self, answer: list[int], text: str, content: str) -> int:
+        """The number of tokens up to and with the stop token: the first special one that the template writes after the
+        content, behind which only special tokens and white space stand."""
+        end = len(answer)
+        while end and (answer[end - 1] in self._special or not self._decode(answer[end - 1 : end]).strip()):
+            end -= 1
+        special = [place for place in range(end, len(answer)) if answer[place] in self._special]
+        _, found, tail = text.rpartition(content.strip())
+        if content.strip() and found:  # special tokens that the content itself ends with are no stop tokens
+            of_template = sum(id in self._special for id in self._encode(tail))
+            special = special[max(0, len(special) - of_template) :]
+        if not special:
+            raise ModelError(
+                Problem(
+                    "the chat template ends an answer without a stop token, so the model would never learn to stop",
+                    line=quote(text[-60:]),
+                    fix="use a tokenizer whose template writes the end token after the assistant's content",
+                )
+            )
+        return special[0] + 1
+
+    def _marked(self, messages: Sequence[Message], ids: list[int]) -> list[float]:
+        """1 for the tokens that the template's `{% generation %}` blocks hold.
+
+        For all of them if the template's tokens are not `ids`, because one was split where prompt and answer meet.
+        """
+        encoded = self.tokenizer.apply_chat_template(
+            _plain(messages), return_dict=True, return_assistant_tokens_mask=True, tokenizer_kwargs={"verbose": False}
+        )
+        return [float(mark) for mark in encoded["assistant_masks"]] if encoded["input_ids"] == ids else [1.0] * len(ids)
+
+    def _text(self, spans: Sequence[Span]) -> tuple[list[int], list[float]]:
+        """The spans one after the other, and an end token if the last one is trained."""
+        bos = [] if self._encode(spans[0].text)[:1] == self._bos else self._bos  # the text may bring its own
+        text, input_ids, weights = "", list(bos), [0.0] * len(bos)
+        for span in spans:
+            new = self._continue(input_ids[len(bos) :], text, text + span.text)
+            text += span.text
+            input_ids += new
+            weights += [float(span.train)] * len(new)
+        eos = self.tokenizer.eos_token_id
+        if spans[-1].train and eos is not None and input_ids[-1:] != [eos]:
+            input_ids.append(eos)
+            weights.append(1.0)
+        weights[:1] = [0.0]  # nothing stands before the first token that could predict it
+        return input_ids, weights
+
+    def _continue(self, ids: list[int], before: str, whole: str) -> list[int]:
+        """The tokens that follow `ids` (those of `before`) so that together they say `whole`.
+
+        `before` keeps the tokens it has at inference, also where tokenizing `whole` at once would reach over its end.
+        """
+        at_once = self._encode(whole)
+        if at_once[: len(ids)] == ids:
+            return at_once[len(ids) :]
+        rest = whole[len(before) :]
+        for new in (self._encode(rest), self._encode_inside(rest)):
+            if self._decode(ids + new) == self._decode(at_once):
+                return new
+        raise BadRow(
+            "prompt and answer meet inside a token", fix="move the white space from the prompt's end to the answer"
+        )
+
+    def _encode_inside(self, text: str) -> list[int]:
+        """Tokens of a text that stands in a line: SentencePiece would put a space before the first word of a text."""
+        newline = self._encode("\n")
+        ids = self._encode("\n" + text)
+        return ids[len(newline) :] if ids[: len(newline)] == newline else []
+
+    def _one_bos(self, input_ids: list[int]) -> None:
+        if self.tokenizer.bos_token_id is not None and input_ids[:2] == [self.tokenizer.bos_token_id] * 2:
+            bos = self.tokenizer.bos_token
+            raise BadRow(
+                f"the row begins with `{bos}` twice", fix=f"take `{bos}` out of the data: it is added by itself"
+            )
+
+    def _template(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+        if not self.has_template:
+            raise ModelError(
+                Problem(
+                    "the tokenizer has no chat template, and these rows are conversations",
+                    where=quote(str(self.tokenizer.name_or_path)),
+                    fix="take the instruct variant of `model.base`, or bring the rows into the format `completion`",
+                )
+            )
+        try:
+            return self.tokenizer.apply_chat_template(
+                _plain(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except (TemplateError, TypeError) as error:
+            raise BadRow(f"the chat template refuses it: {quote(str(error))}") from error
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def truncate(example: Example, max_length: int) -> Example:
+    """The first `max_length` tokens; `cut` says how many were lost."""
+    cut = max(0, len(example.input_ids) - max_length)
+    if not cut:
+        return example
+    return replace(example, input_ids=example.input_ids[:max_length], weights=example.weights[:max_length], cut=cut)
+
+
+def as_conversation(item: Instruction) -> Conversation:
+    asked = f"{item.instruction}\n\n{item.input}" if item.input else item.instruction
+    return Conversation((Message("user", asked, train=False), Message("assistant", item.output, train=True)))
+
+
+def as_text(item: Instruction) -> Text:
+    prompt = ALPACA_WITH_INPUT if item.input else ALPACA
+    prompt = prompt.format(instruction=item.instruction, input=item.input)
+    return Text((Span(prompt, train=False), Span(item.output, train=True)))
+
+
+def _plain(messages: Sequence[Message]) -> list[dict[str, str]]:
+    return [{"role": message.role, "content": message.content} for message in messages]
+
+
+def _marks_nothing(answer: str) -> Problem:
+    return Problem(
+        "the `{% generation %}` blocks of the chat template hold nothing of an answer, so nothing would be trained",
+        line=quote(answer),
+        fix="put the assistant's content and the end token inside the block",
+    )
+
+
+def _not_a_prefix(before: str, whole: str) -> Problem:
+    same = next(
+        (i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), min(len(before), len(whole))
+    )
+    return Problem(
+        "the chat template does not begin an answer with its own generation prompt, so training would not see what "
+        "inference puts there",
+        line=f"prompt: {quote(before[same : same + 30])} · answer: {quote(whole[same : same + 30])}",
+        fix="use a tokenizer whose template renders an answer as its generation prompt and what follows",
+    )

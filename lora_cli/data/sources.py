@@ -1,0 +1,299 @@
+"""Rows from files and from the hub: jsonl, json, csv, tsv, parquet, txt, hub id -> (RowId, columns).
+
+A row that cannot be read comes as a Problem in the place of its columns, so that the caller sees all of them. Lines are
+counted as editors count them, from 1, and columns are characters.
+"""
+
+import csv
+import difflib
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lora_cli.data.types import RowId
+from lora_cli.errors import DataError, Problem
+
+Columns = dict[str, Any]
+Row = tuple[RowId, Columns | Problem]
+
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+QUOTED = 80  # characters of a line that a message shows
+
+
+def rows(source: str, *, folder: Path) -> Iterator[Row]:
+    """The rows of one source, in its own order; a path is relative to `folder`, the recipe's.
+
+    Raises DataError, at the first row, for a source that cannot be opened or has no rows in a known form.
+    """
+    if not is_path(source, folder):
+        yield from _hub(source)
+        return
+    path = _file(source, folder)
+    try:
+        yield from READERS[path.suffix.lower()](path, source)
+    except OSError as error:
+        raise DataError(Problem(f"`{source}` cannot be read: {error.strerror}", where=str(path))) from error
+
+
+def is_path(source: str, folder: Path) -> bool:
+    """A path if it is there, ends as a data file does, or cannot be a hub id (`./x`, `/x`, `a/b/c`); else a hub id."""
+    if Path(source).suffix.lower() in READERS or not HUB_ID.fullmatch(source):
+        return True
+    return (folder / source).exists()
+
+
+def quote(line: str, column: int = 1) -> str:
+    """The part of a foreign line around `column`, fit for a terminal: cut, and with control characters written out."""
+    start = max(0, column - QUOTED * 3 // 4) if len(line) > QUOTED else 0
+    part = line[start : start + QUOTED]
+    inert = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in part)
+    return ("…" if start else "") + inert + ("…" if start + QUOTED < len(line) else "")
+
+
+def _file(source: str, folder: Path) -> Path:
+    path = folder / Path(source).expanduser()
+    known = ", ".join(READERS)
+    if path.is_dir():
+        inside = [f"`{source.rstrip('/')}/{name}`" for name in _data_files(path)]
+        fix = f"name a file: {', '.join(inside[:5])}" if inside else f"name a file that ends in one of {known}"
+        raise DataError(Problem(f"`{source}` is a folder, not a data file", where=str(path), fix=fix))
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, _data_files(path.parent), n=1)
+        fix = (
+            f"`{Path(source).parent / near[0]}` is there"
+            if near
+            else f"paths are relative to the recipe's folder, {folder}"
+        )
+        raise DataError(Problem(f"data file `{source}` does not exist", where=str(path), fix=fix))
+    if path.suffix.lower() not in READERS:
+        raise DataError(
+            Problem(
+                f"`{source}` has no form known here", where=str(path), fix=f"use a file that ends in one of {known}"
+            )
+        )
+    return path
+
+
+def _data_files(folder: Path) -> list[str]:
+    if not folder.is_dir():
+        return []
+    return sorted(path.name for path in folder.iterdir() if path.suffix.lower() in READERS)
+
+
+def _jsonl(path: Path, source: str) -> Iterator[Row]:
+    for row, line in _lines(path, source):
+        if isinstance(line, Problem):
+            yield row, line
+        elif line.strip():
+            yield row, _object(line, row)
+
+
+def _lines(path: Path, source: str) -> Iterator[tuple[RowId, str | Problem]]:
+    """Lines without their ends (LF or CRLF) and without a byte order mark; a line that is not UTF-8 is a Problem."""
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, 1):
+            row = RowId(source, number)
+            raw = raw.removesuffix(b"\n").removesuffix(b"\r")
+            try:
+                text = raw.decode()
+            except UnicodeDecodeError as error:
+                yield row, _not_utf8(raw, error, row)
+            else:
+                yield row, text.removeprefix("\ufeff") if number == 1 else text
+
+
+def _not_utf8(raw: bytes, error: UnicodeDecodeError, row: RowId) -> Problem:
+    column = len(raw[: error.start].decode()) + 1
+    return Problem(
+        f"byte 0x{raw[error.start]:02x} is not UTF-8",
+        where=f"{row}:{column}",
+        line=quote(raw.decode(errors="replace"), column),
+        fix="save the file as UTF-8",
+    )
+
+
+def _object(line: str, row: RowId) -> Columns | Problem:
+    try:
+        value = _loads(line)
+    except json.JSONDecodeError as error:
+        return Problem(f"not JSON: {error.msg}", where=f"{row}:{error.colno}", line=quote(line, error.colno))
+    except ValueError as error:
+        return Problem(f"not JSON: {error}", where=str(row), line=quote(line))
+    if not isinstance(value, dict):
+        return Problem(f"a row is an object, not {_kind(value)}", where=str(row), line=quote(line))
+    return value
+
+
+def _loads(text: str) -> Any:
+    """JSON as the standard has it: no NaN, no key twice, and only text that can be written as UTF-8."""
+    try:
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if ESCAPED_SURROGATE.search(text) and LONE_SURROGATE.search(json.dumps(value, ensure_ascii=False)):
+        raise ValueError("half of a surrogate pair (a `\\ud800` … `\\udfff` that stands alone)")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> Columns:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        double = next(key for key in found if keys.count(key) > 1)
+        raise ValueError(f"key `{quote(double)}` stands twice")
+    return found
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def _json(path: Path, source: str) -> Iterator[Row]:
+    for number, value in enumerate(_json_list(path, source), 1):
+        row = RowId(source, number, is_line=False)
+        bad = Problem(f"a row is an object, not {_kind(value)}", where=str(row))
+        yield row, value if isinstance(value, dict) else bad
+
+
+def _json_list(path: Path, source: str) -> list[Any]:
+    lines = list(_lines(path, source)) or [(RowId(source, 1), "")]
+    for _, line in lines:
+        if isinstance(line, Problem):
+            raise DataError(line)
+    try:
+        value = _loads("\n".join(line for _, line in lines))
+    except json.JSONDecodeError as error:
+        by_line = error.msg == "Extra data"
+        raise DataError(
+            Problem(
+                f"not JSON: {error.msg}",
+                where=f"{source}:{error.lineno}:{error.colno}",
+                line=quote(lines[error.lineno - 1][1], error.colno),
+                fix="a file with one object a line is called .jsonl" if by_line else "",
+            )
+        ) from error
+    except ValueError as error:
+        raise DataError(Problem(f"not JSON: {error}", where=source)) from error
+    lists = [value]
+    if isinstance(value, dict):
+        lists = list(value.values())
+    lists = [found for found in lists if isinstance(found, list)]
+    if len(lists) == 1:
+        return lists[0]
+    raise DataError(
+        Problem(
+            f"`{source}` holds no list of rows" if not lists else f"`{source}` holds {len(lists)} lists",
+            where=str(path),
+            fix="bring the rows into one list of objects, or into an object with one such list",
+        )
+    )
+
+
+def _csv(path: Path, source: str, delimiter: str = ",") -> Iterator[Row]:
+    """Quoted cells may hold line ends: a record is named by its first line. Every cell is text."""
+    csv.field_size_limit(sys.maxsize)
+    read = 0  # lines that the records so far have taken
+    header: list[str] | None = None
+    reader = csv.reader(_csv_lines(path, source), delimiter=delimiter, strict=True)
+    while True:
+        row = RowId(source, read + 1)
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise DataError(Problem(f"not CSV: {error}", where=str(RowId(source, reader.line_num)))) from error
+        read = reader.line_num
+        if header is None:
+            header = _header(cells, row)
+        elif cells:
+            yield row, _record(header, cells, row)
+
+
+def _csv_lines(path: Path, source: str) -> Iterator[str]:
+    for _, line in _lines(path, source):
+        if isinstance(line, Problem):
+            raise DataError(line)
+        yield line + "\n"
+
+
+def _header(cells: list[str], row: RowId) -> list[str]:
+    if "" in cells or len(set(cells)) < len(cells):
+        raise DataError(
+            Problem("the first line must name every column, each once", where=str(row), line=quote(", ".join(cells)))
+        )
+    return cells
+
+
+def _record(header: list[str], cells: list[str], row: RowId) -> Columns | Problem:
+    if len(cells) == len(header):
+        return dict(zip(header, cells, strict=True))
+    return Problem(
+        f"{len(cells)} cells where the first line names {len(header)} columns",
+        where=str(row),
+        line=quote(", ".join(cells)),
+        fix="put a cell that holds the delimiter or a line end in double quotes",
+    )
+
+
+def _parquet(path: Path, source: str) -> Iterator[Row]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        number = 0
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                for columns in batch.to_pylist():
+                    number += 1
+                    yield RowId(source, number, is_line=False), columns
+    except pyarrow.ArrowException as error:
+        raise DataError(Problem(f"not Parquet: {quote(str(error))}", where=str(path))) from error
+
+
+def _txt(path: Path, source: str) -> Iterator[Row]:
+    """Each line that is not blank is one document; documents of several lines belong in jsonl, as {"text": …}."""
+    for row, line in _lines(path, source):
+        if isinstance(line, Problem):
+            yield row, line
+        elif line.strip():
+            yield row, {"text": line}
+
+
+def _hub(source: str) -> Iterator[Row]:
+    """The split `train` of a dataset on the hub."""
+    import datasets
+
+    try:
+        split = datasets.load_dataset(source, split="train")
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(
+            Problem(
+                f"dataset `{source}` cannot be had from the hub: {quote(str(error).splitlines()[0])}",
+                fix="check the name and the network; `hf auth login` for a gated or private one; or name a local file",
+            )
+        ) from error
+    for number, columns in enumerate(split, 1):
+        yield RowId(source, number, is_line=False), columns
+
+
+READERS: dict[str, Callable[[Path, str], Iterator[Row]]] = {
+    ".jsonl": _jsonl,
+    ".ndjson": _jsonl,
+    ".json": _json,
+    ".csv": _csv,
+    ".tsv": partial(_csv, delimiter="\t"),
+    ".parquet": _parquet,
+    ".txt": _txt,
+}

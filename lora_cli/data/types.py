@@ -1,0 +1,109 @@
+"""The stations of one training example: Conversation, Instruction or Text -> Example -> Batch.
+
+A row of a file becomes a Conversation (turns, to be rendered by the chat template), an Instruction (a chat where there
+is a template, else a written prompt) or a Text (spans, rendered as they stand); rendering gives an Example (tokens and
+their weights); collating gives a Batch (tensors).
+"""
+
+from dataclasses import dataclass
+from typing import TypedDict
+
+from torch import Tensor
+
+IGNORE = -100  # the label of a position that is not trained: torch's and transformers' own value
+
+
+@dataclass(frozen=True)
+class RowId:
+    """Where a row came from, for messages that name it: the source as the recipe names it, and its 1-based line, or its
+    1-based row in a source that has no lines (parquet, a JSON list, the hub)."""
+
+    source: str
+    number: int
+    is_line: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.source}:{self.number}" if self.is_line else f"{self.source} row {self.number}"
+
+
+class BadRow(Exception):
+    """A row that does not fit its format, or that the template refuses. The pipeline adds where it stands."""
+
+    def __init__(self, what: str, fix: str = "") -> None:
+        super().__init__(what)
+        self.what = what
+        self.fix = fix
+
+
+class NothingToLearn(BadRow):
+    """A row that is well-formed but has an empty answer; it is left out and counted."""
+
+
+@dataclass(frozen=True)
+class Message:
+    role: str  # system, user, assistant or tool
+    content: str
+    train: bool  # whether this turn is learned
+
+
+@dataclass(frozen=True)
+class Conversation:
+    messages: tuple[Message, ...]
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """A task, what it works on (may be empty), and the answer, which is trained."""
+
+    instruction: str
+    input: str
+    output: str
+
+
+@dataclass(frozen=True)
+class Span:
+    text: str
+    train: bool
+
+
+@dataclass(frozen=True)
+class Text:
+    """Text that no chat template touches: a document, or a prompt (not trained) and its completion (trained)."""
+
+    spans: tuple[Span, ...]
+
+
+Item = Conversation | Instruction | Text
+
+
+@dataclass(frozen=True)
+class Example:
+    """Tokens with the weight of each in the loss: 0 for what is only read, 1 for what is learned.
+
+    `weights[i]` is the weight of predicting `input_ids[i]` from what stands before it; so `weights[0]` is always 0.
+    """
+
+    input_ids: list[int]
+    weights: list[float]
+    row: RowId
+    cut: int = 0  # tokens that max_length removed
+
+    @property
+    def items(self) -> float:
+        """What this example adds to the divisor of the step's loss."""
+        return sum(self.weights)
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens before the first one that is learned."""
+        return next((place for place, weight in enumerate(self.weights) if weight), len(self.weights))
+
+
+class Batch(TypedDict):
+    """One micro-batch. Positions without a label carry IGNORE; `weights` are aligned with `labels`."""
+
+    input_ids: Tensor  # [batch, time] int64
+    attention_mask: Tensor  # [batch, time] int64, 0 at padding
+    labels: Tensor  # [batch, time] int64, already shifted: labels[t] is the token to predict at t
+    weights: Tensor  # [batch, time] float32
+    positions: Tensor  # [kept] int64: the time positions at which any row has a label, for logits of those alone

@@ -1,0 +1,67 @@
+"""Prompts -> text: greedy answers of a model, several at a time."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from lora_cli.data.render import Renderer
+from lora_cli.data.types import Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def answer(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 96,
+    batch_size: int = 8,
+) -> dict[str, str]:
+    """The greedy answer to each prompt: as a user's turn where the tokenizer has a chat template, else as it stands."""
+    training = model.training
+    model.eval()
+    answers = {}
+    for i in range(0, len(prompts), batch_size):
+        batch = prompts[i : i + batch_size]
+        answers |= dict(zip(batch, _generate(model, tokenizer, batch, max_new_tokens), strict=True))
+    model.train(training)
+    return answers
+
+
+def prompt_ids(renderer: Renderer, prompt: str) -> list[int]:
+    """The tokens a model sees before it answers, as training renders them."""
+    if renderer.has_template:
+        return renderer.chat_prompt([Message("user", prompt, train=False)])
+    return renderer.text_prompt(prompt)
+
+
+def _generate(model, tokenizer, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
+    renderer = Renderer(tokenizer)
+    rows = [prompt_ids(renderer, prompt) for prompt in prompts]
+    width = max(map(len, rows))
+    ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    with torch.inference_mode():
+        out = model.generate(
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            use_cache=True,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=_stop_ids(model, tokenizer),
+            temperature=None,
+            top_p=None,
+            top_k=None,
+        )
+    return [text.strip() for text in tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)]
+
+
+def _stop_ids(model, tokenizer) -> list[int]:
+    """The tokenizer's end token, and those that the model's generation config adds."""
+    configured = model.generation_config.eos_token_id
+    extra = configured if isinstance(configured, list) else [configured]
+    return sorted({token for token in (tokenizer.eos_token_id, *extra) if token is not None})

@@ -1,0 +1,165 @@
+"""Where a base model's files are: a folder, a hub id, or a GGUF file, all brought to one folder of safetensors.
+
+Configs are read here as data before any library acts on them: foreign code is refused.
+"""
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_cli.errors import ModelError, Problem, SafetyError
+
+log = logging.getLogger(__name__)
+
+HUB_PAGE = "https://huggingface.co/{name}"
+# Weights as safetensors only, and what a tokenizer and a config need.
+HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt", "merges.txt"]
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model on this machine: `name` as the user wrote it, `revision` the commit that a hub id resolved to."""
+
+    name: str
+    folder: Path
+    revision: str | None = None
+
+
+def resolve_base(name: str, revision: str | None = None) -> Base:
+    """Find a base's files, downloading or converting where needed. Raises ModelError or SafetyError."""
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        base = Base(name, _converted(path))
+    elif path.is_dir():
+        base = Base(name, path)
+    elif path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise ModelError(_no_such_base(name))
+    else:
+        base = _from_hub(name, revision)
+    _check_config(base)
+    return base
+
+
+def read_config(folder: Path) -> dict:
+    """config.json as plain data."""
+    file = folder / "config.json"
+    try:
+        found = json.loads(file.read_text())
+    except FileNotFoundError as error:
+        hint = (
+            "an adapter is given with `--adapter`"
+            if (folder / "adapter_config.json").exists()
+            else "give a folder that `save_pretrained` wrote"
+        )
+        raise ModelError(Problem("no config.json: this is no model folder", where=str(folder), fix=hint)) from error
+    except ValueError as error:
+        raise ModelError(Problem(f"it is no JSON: {error}", where=str(file), fix="download the model again")) from error
+    if not isinstance(found, dict):
+        raise ModelError(Problem("it is no JSON object", where=str(file), fix="download the model again"))
+    return found
+
+
+def _check_config(base: Base) -> None:
+    config = read_config(base.folder)
+    where = str(base.folder / "config.json")
+    if "vision_config" in config or "audio_config" in config:
+        raise ModelError(
+            Problem(
+                f"{base.name} is a vision-language or audio model, and `lora` trains text models",
+                where=where,
+                fix="give its text-only sibling as `model.base`",
+            )
+        )
+    foreign = [
+        key
+        for key in config
+        if key == "custom_code" or key == "trust_remote_code" or key.startswith("_attn_implementation")
+    ]
+    if foreign:
+        raise SafetyError(
+            Problem(f"the config asks for code from elsewhere: `{foreign[0]}`", where=where, fix="don't use this model")
+        )
+    if "auto_map" in config:
+        if not _known_to_transformers(config.get("model_type")):
+            raise SafetyError(
+                Problem(
+                    f"{base.name} brings its own code (`auto_map`), and transformers has no `{config.get('model_type')}` itself",
+                    where=where,
+                    fix="use a model that transformers has; foreign code is never run",
+                )
+            )
+        log.warning(
+            "%s brings its own code (`auto_map`): ignored, transformers' own `%s` is used",
+            base.name,
+            config["model_type"],
+        )
+
+
+def _known_to_transformers(model_type: object) -> bool:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    return model_type in CONFIG_MAPPING_NAMES
+
+
+def _converted(path: Path) -> Path:
+    from lora_cli.models.gguf import converted_folder
+
+    if not path.is_file():
+        raise ModelError(_no_such_base(str(path)))
+    return converted_folder(path)
+
+
+def _from_hub(name: str, revision: str | None) -> Base:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    page = HUB_PAGE.format(name=name)
+    try:
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
+    except GatedRepoError as error:
+        raise ModelError(
+            Problem(
+                f"{name} is gated, and no token with access to it was given",
+                where=page,
+                fix=f"accept its licence at {page}, then run `hf auth login` or set HF_TOKEN",
+            )
+        ) from error
+    except RevisionNotFoundError as error:
+        raise ModelError(
+            Problem(
+                f"{name} has no revision {revision!r}",
+                where=page,
+                fix="give a branch, tag or commit of it as `model.revision`",
+            )
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ModelError(
+            Problem(
+                f"no model {name} on the hub, or it is private",
+                where=page,
+                fix="check the spelling; for a private model run `hf auth login` or set HF_TOKEN",
+            )
+        ) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise ModelError(
+            Problem(
+                f"{name} is neither a folder here nor in the hub's cache, and the hub can't be reached",
+                where=page,
+                fix=f"give a folder as `model.base`, or connect and download it once (a gated model asks for its licence at {page})",
+            )
+        ) from error
+    return Base(name, folder, folder.name)
+
+
+def _no_such_base(name: str) -> Problem:
+    return Problem(
+        f"no model folder, GGUF file or hub id {name!r}",
+        fix="`model.base` and `--base` take a folder, a .gguf file, or a hub id such as `Qwen/Qwen3-0.6B`",
+    )

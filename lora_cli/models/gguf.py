@@ -1,0 +1,99 @@
+"""A GGUF file as a base: dequantised once into a cached folder of safetensors, and a plain model from then on."""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from lora_cli.errors import ModelError, Problem
+from lora_cli.models.quiet import quiet_transformers
+
+log = logging.getLogger(__name__)
+
+HASHED_BYTES = 4 * 2**20
+
+
+def converted_folder(file: Path) -> Path:
+    """The folder of safetensors, config and tokenizer made from a GGUF file; made now if it is not there yet.
+
+    transformers reads the file; what it marks as quantised is plain float weights by then, and is saved as such.
+    """
+    folder = _cache() / f"{file.stem}-{_content_key(file)}"
+    if folder.is_dir():
+        return folder
+    log.info("converting %s once into %s", file.name, folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=".tmp-", dir=folder.parent))
+    try:
+        _convert(file, draft)
+        draft.chmod(0o755)
+        _publish(draft, folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return folder
+
+
+def _convert(file: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        import gguf  # noqa: F401  transformers' own message for its absence is a traceback
+    except ImportError as error:
+        raise ModelError(
+            Problem("reading a GGUF file needs the `gguf` package", where=str(file), fix="pip install 'lora-cli[gguf]'")
+        ) from error
+    quiet_transformers()
+    source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16)
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+    except (ValueError, KeyError, OSError, NotImplementedError) as error:
+        raise ModelError(
+            Problem(
+                f"transformers can't read this GGUF file: {str(error).splitlines()[0]}",
+                where=str(file),
+                fix="give the model's folder or hub id as `model.base`",
+            )
+        ) from error
+    del model.config.quantization_config
+    model.hf_quantizer = None
+    model.save_pretrained(folder)
+    tokenizer.model_max_length = model.config.max_position_embeddings
+    tokenizer.save_pretrained(folder)
+    _forget_origin(folder / "tokenizer_config.json")
+
+
+def _forget_origin(file: Path) -> None:
+    """Keys that describe this machine's copy, and the class that any reader of a tokenizer.json can load."""
+    config = json.loads(file.read_text())
+    for key in ("is_local", "local_files_only"):
+        config.pop(key, None)
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    file.write_text(json.dumps(config, indent=2))
+
+
+def _publish(draft: Path, folder: Path) -> None:
+    try:
+        draft.rename(folder)
+    except OSError:
+        if not folder.is_dir():  # another process finished first
+            raise
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora" / "gguf"
+
+
+def _content_key(file: Path) -> str:
+    """A hash of the size and both ends: a GGUF's header, with all names and settings, stands at the front."""
+    size = file.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with file.open("rb") as stream:
+        digest.update(stream.read(HASHED_BYTES))
+        stream.seek(max(0, size - HASHED_BYTES))
+        digest.update(stream.read(HASHED_BYTES))
+    return digest.hexdigest()[:16]

@@ -1,0 +1,157 @@
+"""Model and tokenizer in memory: frozen, on one device, quantised or not. What is `auto` is decided here."""
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from lora_cli.errors import ModelError, Problem
+from lora_cli.models.base import Base
+from lora_cli.models.quiet import quiet_transformers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ATTENTIONS = {"auto": None, "eager": "eager", "sdpa": "sdpa", "flash": "flash_attention_2", "flex": "flex_attention"}
+
+
+def default_device(local_rank: int = 0) -> torch.device:
+    """This process's accelerator, else the CPU."""
+    return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 where the hardware multiplies it, float32 otherwise."""
+    if name != "auto":
+        return DTYPES[name]
+    return torch.bfloat16 if has_bfloat16(device) else torch.float32
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 products run in hardware: emulated ones are slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def load_model(
+    base: Base,
+    *,
+    dtype: torch.dtype,
+    quantize: str = "none",
+    attention: str = "auto",
+    device: torch.device | str = "cpu",
+) -> "PreTrainedModel":
+    """The base in evaluation mode, with no parameter trainable. Raises ModelError for weights that don't fit the config."""
+    from transformers import AutoModelForCausalLM
+
+    quiet_transformers()
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            base.folder,
+            dtype=dtype,
+            attn_implementation=ATTENTIONS[attention],
+            quantization_config=_quantization(quantize, dtype),
+            device_map={"": device} if quantize != "none" or torch.device(device).type != "cpu" else None,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ModelError(
+            Problem(f"the base can't be loaded: {_first_line(error)}", where=str(base.folder), fix=_fix(error))
+        ) from error
+    _check_complete(base, info)
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a base or of a run folder. Padding is masked by position, so pad = eos does no harm."""
+    from transformers import AutoTokenizer
+
+    quiet_transformers()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(
+            Problem(
+                f"the tokenizer can't be loaded: {_first_line(error)}",
+                where=str(folder),
+                fix="copy the tokenizer's files beside the weights",
+            )
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            Problem(
+                "the tokenizer names no end token, so no answer could learn to stop",
+                where=str(folder),
+                fix="set `eos_token` in tokenizer_config.json",
+            )
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def head_paths(model: "PreTrainedModel") -> set[str]:
+    """The paths of the output projection: letters and `all-linear` leave it out."""
+    head = model.get_output_embeddings()
+    return {path for path, module in model.named_modules() if module is head}
+
+
+def checkpoint_activations(model: "PreTrainedModel") -> None:
+    """Recompute each block in the backward pass instead of keeping its activations; works over a frozen base."""
+    kwargs = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+
+
+def _quantization(quantize: str, dtype: torch.dtype):
+    if quantize == "none":
+        return None
+    from transformers import BitsAndBytesConfig
+
+    # LLM.int8 and bitsandbytes log a line for every layer and call on a CPU
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    if quantize == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+
+
+def _check_complete(base: Base, info: dict) -> None:
+    problems = [
+        Problem(
+            f"the base has {len(info[key])} {text}, first {sorted(map(str, info[key]))[0]}",
+            where=str(base.folder),
+            fix="download it again, or take one whose config and weights belong together",
+        )
+        for key, text in (
+            ("missing_keys", "weights missing"),
+            ("mismatched_keys", "weights of another shape than its config says"),
+        )
+        if info.get(key)
+    ]
+    if problems:
+        raise ModelError(*problems)
+
+
+def _fix(error: Exception) -> str:
+    text = str(error).lower()
+    if "flash" in text or "flex" in text:
+        return "use `model.attention: sdpa`, or install what the message names"
+    return "check that the folder is a causal language model with safetensors, complete and undamaged"
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

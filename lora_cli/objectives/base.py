@@ -1,0 +1,21 @@
+"""What an objective returns: sums. The loop divides once, by the items of the whole step on all devices."""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from lora_cli.data.types import Batch
+
+
+class Loss(NamedTuple):
+    """`total` is the sum over the batch's items, in nats; `metrics` are further sums by name.
+
+    A named tuple, so that DDP and FSDP, which walk a module's outputs, see its tensors.
+    """
+
+    total: Tensor
+    metrics: Mapping[str, Tensor]
+
+
+Objective = Callable[[nn.Module, Batch], Loss]

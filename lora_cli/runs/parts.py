@@ -1,0 +1,55 @@
+"""Everything a run consists of, as values: what `prepare` makes and the other steps read."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate import Accelerator
+
+from lora_cli.budget.params import Budget
+from lora_cli.data.pipeline import DataReport, Plan
+from lora_cli.data.types import Example
+from lora_cli.lora.base_files import Fingerprint
+from lora_cli.lora.config import LoRAConfig
+from lora_cli.models.base import Base
+from lora_cli.recipe.reader import LoadedRecipe
+from lora_cli.recipe.schema import Recipe
+from lora_cli.runs.folder import RunFolder
+from lora_cli.train.loop import Settings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The examples of a run, and what became of the rows they were made from."""
+
+    train: list[Example]
+    held_out: list[Example]
+    report: DataReport
+    held_out_report: DataReport | None  # None where the held-out rows are a share of the training rows
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything a run consists of, before its first step."""
+
+    loaded: LoadedRecipe
+    folder: RunFolder
+    base: Base
+    fingerprint: Fingerprint
+    tokenizer: "PreTrainedTokenizerBase"
+    rows: Rows
+    model: "PreTrainedModel"
+    config: LoRAConfig
+    transposed: bool
+    budget: Budget
+    plan: Plan
+    settings: Settings
+    dtype: torch.dtype
+    accelerator: Accelerator
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.loaded.recipe

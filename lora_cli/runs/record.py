@@ -1,0 +1,60 @@
+"""run.json: what a run was made from and what it ran on. Versions and settings; never a secret."""
+
+import platform
+import sys
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from lora_cli.data.pipeline import DataReport
+from lora_cli.runs.parts import Run
+
+LIBRARIES = ("lora-cli", "torch", "transformers", "accelerate", "datasets", "bitsandbytes", "safetensors")
+
+
+def record(run: Run) -> dict[str, object]:
+    """All that is worth knowing about a run before its first step."""
+    return {
+        "base": {"name": run.base.name, "revision": run.base.revision, "fingerprint": asdict(run.fingerprint)},
+        "data": {
+            "train": _report(run.rows.report),
+            "held_out": _report(run.rows.held_out_report),
+            "held_out_examples": len(run.rows.held_out),
+        },
+        "resolved": {
+            "dtype": str(run.dtype).removeprefix("torch."),
+            "device": str(run.accelerator.device),
+            "processes": run.accelerator.num_processes,
+            "micro_batch_size": run.settings.micro_batch_size,
+            "scale": run.config.scale,
+            "steps": run.plan.steps,
+            "targets": list(run.config.target_modules),
+        },
+        "parameters": {"trainable": run.budget.trainable, "base": run.budget.base},
+        "seed": run.recipe.training.seed,
+        "machine": machine(),
+    }
+
+
+def _report(report: DataReport | None) -> dict | None:
+    return None if report is None else asdict(report)
+
+
+def machine() -> dict[str, object]:
+    """Versions, processor and devices."""
+    return {
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "versions": {name: found for name in LIBRARIES if (found := _version(name))},
+        "threads": torch.get_num_threads(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

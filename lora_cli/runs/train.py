@@ -1,0 +1,264 @@
+"""How a recipe becomes a trained adapter: its parts are made, handed to the loop, and what comes out is saved.
+
+prepare   recipe -> base, tokenizer, rows, model with LoRA layers, plan       everything that can fail early
+execute   those parts -> the loop's events, checkpoints on the way            `for event in execute(run): …`
+finish    -> PEFT's two files, tokenizer, run.json, read back and checked
+"""
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from lora_cli.budget.params import Budget, budget_of
+from lora_cli.budget.shapes import Linear
+from lora_cli.data.pipeline import DataReport, Plan, load_examples, plan, split, steps
+from lora_cli.data.types import Example
+from lora_cli.errors import ModelError, Problem, RecipeError
+from lora_cli.evaluate.loss import held_out_loss
+from lora_cli.infer.generate import answer
+from lora_cli.lora.adapter import Adapter
+from lora_cli.lora.base_files import Fingerprint, fingerprint
+from lora_cli.lora.config import LoRAConfig
+from lora_cli.lora.init import INITS
+from lora_cli.lora.inject import inject, linears, lora_layers
+from lora_cli.lora.peft_format import load_adapter, save_adapter
+from lora_cli.lora.targets import choose_targets, shortest_suffixes
+from lora_cli.lora.weights import storage_of
+from lora_cli.models.base import Base, resolve_base
+from lora_cli.models.load import (
+    checkpoint_activations,
+    default_device,
+    head_paths,
+    load_model,
+    load_tokenizer,
+    resolve_dtype,
+)
+from lora_cli.objectives.table import OBJECTIVES
+from lora_cli.recipe.reader import LoadedRecipe, resolved_yaml
+from lora_cli.recipe.schema import Recipe, seconds_of, share_of
+from lora_cli.runs.folder import RunFolder, write_json
+from lora_cli.runs.parts import Rows, Run
+from lora_cli.runs.record import record
+from lora_cli.runs.resume import comparable, continued
+from lora_cli.train import auto
+from lora_cli.train.checkpoint import newest_checkpoint, restore, save_checkpoint
+from lora_cli.train.events import Event, Finished, Started
+from lora_cli.train.loop import Actions, Progress, Settings, train
+from lora_cli.train.optim import make_optimizer, make_schedule
+from lora_cli.train.parallel import local_rank, make_accelerator
+from lora_cli.train.sinks import open_sinks
+from lora_cli.train.task import Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def prepare(loaded: LoadedRecipe, folder: RunFolder) -> Run:
+    """Make the parts of a run. What needs no weights comes first, so that mistakes are found in seconds."""
+    recipe = loaded.recipe
+    device = default_device(local_rank())
+    dtype = _training_dtype(recipe, device)
+    accelerator = make_accelerator()
+    with accelerator.main_process_first():
+        base = resolve_base(recipe.model.base, recipe.model.revision)
+    tokenizer = load_tokenizer(base.folder)
+    rows = load_rows(loaded, tokenizer)
+    training = recipe.training
+    planned = plan(
+        len(rows.train),
+        epochs=training.epochs,
+        max_steps=training.max_steps,
+        global_batch_size=training.global_batch_size,
+    )
+    model = load_model(
+        base, dtype=dtype, quantize=recipe.model.quantize, attention=recipe.model.attention, device=device
+    )
+    paths = target_paths(recipe, model)
+    adapted = {path: model.get_submodule(path) for path in paths}
+    budget = _budget(recipe, model, adapted, base)
+    config = recipe.lora.config(
+        shortest_suffixes(paths, [name for name, _ in model.named_modules()]), base=base.name, revision=base.revision
+    )
+    inject(model, config, paths, init=INITS[recipe.lora.init], seed=training.seed)
+    if auto.gradient_checkpointing(training, device):
+        checkpoint_activations(model)
+    return Run(
+        loaded=loaded,
+        folder=folder,
+        base=base,
+        fingerprint=fingerprint(base.folder),
+        tokenizer=tokenizer,
+        rows=rows,
+        model=model,
+        config=config,
+        transposed=any(storage_of(module).transposed for module in adapted.values()),
+        budget=budget,
+        plan=planned,
+        settings=_settings(recipe, rows, tokenizer.pad_token_id, accelerator, device),
+        dtype=dtype,
+        accelerator=accelerator,
+    )
+
+
+def execute(run: Run, *, resume: bool = False) -> Iterator[Event]:
+    """Train; yield what happens. Files are written by the first process alone."""
+    task = Task(run.model, OBJECTIVES[run.recipe.training.objective])
+    task.train()
+    parameters = {name: p for name, p in run.model.named_parameters() if p.requires_grad}
+    optimizer = make_optimizer(run.recipe.training, parameters)
+    progress = continued(run, optimizer, parameters) if resume else Progress()
+    wrapped = run.accelerator.prepare(task) if run.accelerator.num_processes > 1 else task
+    first = run.accelerator.is_main_process
+    if first:
+        run.folder.recipe.write_text(resolved_yaml(run.loaded))
+        write_json(run.folder.record, record(run))
+    events = _events(run, wrapped, task, optimizer, parameters, progress)
+    with open_sinks(run.recipe.training.trackers, run.folder.path) if first else nullcontext([]) as sinks:
+        for event in events:
+            for sink in sinks:
+                sink(event)
+            yield event
+
+
+def finish(run: Run) -> Adapter:
+    """Save the adapter and read it back; raises for an adapter that does nothing or differs from what was trained."""
+    adapter = Adapter.of(run.model, run.config, run.fingerprint)
+    adapter.check_alive()
+    save_adapter(adapter, run.folder.path, transposed=run.transposed)
+    run.tokenizer.save_pretrained(run.folder.path)
+    _check_same(adapter, load_adapter(run.folder.path), run.folder.path)
+    return adapter
+
+
+def load_rows(loaded: LoadedRecipe, tokenizer: "PreTrainedTokenizerBase") -> Rows:
+    """Training and held-out examples of a recipe: `data.eval` is a share of the training rows, or a source of its own."""
+    data = loaded.recipe.data
+    load = dict(folder=loaded.path.parent, format=data.format, tokenizer=tokenizer, max_length=data.max_length)
+    examples, report = load_examples(data.train, **load)
+    if data.eval is None:
+        return Rows(examples, [], report, None)
+    if (share := share_of(data.eval)) is not None:
+        return Rows(*split(examples, share, loaded.recipe.training.seed), report, None)
+    held_out, held_out_report = load_examples(data.eval, **load)
+    return Rows(examples, held_out, report, held_out_report)
+
+
+def target_paths(recipe: Recipe, model: nn.Module) -> list[str]:
+    """The modules that the recipe's targets name in this model."""
+    lora = recipe.lora
+    return choose_targets(
+        lora.targets, list(linears(model)), head=head_paths(model), exclude=lora.exclude, layers=lora.layers
+    )
+
+
+def _events(run: Run, wrapped: nn.Module, task: Task, optimizer, parameters, progress: Progress) -> Iterator[Event]:
+    training = run.recipe.training
+    yield Started(
+        step=progress.step,
+        steps=run.plan.steps,
+        rows=len(run.rows.train),
+        parameters=run.budget.trainable,
+        micro_batch_size=run.settings.micro_batch_size,
+        processes=run.accelerator.num_processes,
+    )
+    yield from train(
+        wrapped,
+        optimizer,
+        parameters,
+        steps(run.rows.train, run.plan, seed=training.seed, start=progress.step),
+        last_step=run.plan.steps,
+        schedule=make_schedule(training, run.plan.steps),
+        settings=run.settings,
+        actions=_actions(run, task, optimizer, parameters),
+        progress=progress,
+        accelerator=run.accelerator,
+    )
+
+
+def _actions(run: Run, task: Task, optimizer, parameters) -> Actions:
+    training = run.recipe.training
+
+    def evaluate() -> tuple[float, int]:
+        measured = held_out_loss(task, run.rows.held_out, run.settings, run.accelerator)
+        return measured.loss, measured.tokens
+
+    def sample() -> dict[str, str]:
+        return answer(run.model, run.tokenizer, training.sample_prompts)
+
+    def save(progress: Progress) -> str:
+        if run.accelerator.is_main_process:
+            save_checkpoint(
+                run.folder.checkpoints,
+                progress,
+                Adapter.of(run.model, run.config, run.fingerprint),
+                optimizer,
+                parameters,
+                settings=comparable(run),
+                transposed=run.transposed,
+                keep=training.keep_checkpoints,
+            )
+        run.accelerator.wait_for_everyone()
+        return str(run.folder.checkpoints)
+
+    return Actions(evaluate if run.rows.held_out else None, sample if training.sample_prompts else None, save)
+
+
+def _settings(recipe: Recipe, rows: Rows, pad_id: int, accelerator: Accelerator, device: torch.device) -> Settings:
+    training = recipe.training
+    longest = max(len(example.input_ids) for example in (*rows.train, *rows.held_out))
+    return Settings(
+        micro_batch_size=auto.micro_batch_size(
+            training, longest=longest, processes=accelerator.num_processes, device=device
+        ),
+        pad_id=pad_id,
+        seed=training.seed,
+        max_grad_norm=training.max_grad_norm,
+        eval_steps=training.eval_steps,
+        save_steps=training.save_steps,
+        max_seconds=None if training.max_time is None else seconds_of(training.max_time),
+        patience=training.early_stopping_patience,
+    )
+
+
+def _training_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
+    if recipe.model.dtype == "float16":
+        raise RecipeError(
+            Problem(
+                "`model.dtype: float16` can't be trained: its gradients underflow without loss scaling",
+                fix="use `model.dtype: auto`, which is bfloat16 where the hardware has it and float32 otherwise",
+            )
+        )
+    return resolve_dtype(recipe.model.dtype, device)
+
+
+def _budget(recipe: Recipe, model: nn.Module, adapted: dict[str, nn.Module], base: Base) -> Budget:
+    """Counted on the real modules, before they are wrapped; a quantised base counts as the weights it stands for."""
+    shapes = {path: storage_of(module).shape(module) for path, module in adapted.items()}
+    counted = [Linear(path, in_features, out_features) for path, (out_features, in_features) in shapes.items()]
+    packed = {id(m.weight): m for m in linears(model).values()}
+    parameters = sum(
+        storage_of(packed[id(p)]).shape(packed[id(p)])[0] * storage_of(packed[id(p)]).shape(packed[id(p)])[1]
+        if id(p) in packed
+        else p.numel()
+        for p in model.parameters()
+    )
+    return budget_of(counted, parameters, recipe.lora.config())
+
+
+def _check_same(trained: Adapter, saved: Adapter, folder: Path) -> None:
+    for path, factors in trained.layers.items():
+        again = saved.layers.get(path)
+        if again is None or not torch.equal(factors.A, again.A) or not torch.equal(factors.B, again.B):
+            raise ModelError(
+                Problem(
+                    f"what was saved is not what was trained: {path}",
+                    where=str(folder),
+                    fix="resume from the last checkpoint; check the disk",
+                )
+            )

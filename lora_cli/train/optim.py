@@ -1,0 +1,61 @@
+"""Optimizers by the recipe's names, and the learning rate as a pure function of the step."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from lora_cli.recipe.schema import Training
+
+Schedule = Callable[[int], float]
+Parameters = Mapping[str, nn.Parameter]
+
+
+def make_optimizer(settings: Training, parameters: Parameters) -> Optimizer:
+    """AdamW over the trainable parameters, fused where torch can; bitsandbytes' forms on request."""
+    return OPTIMIZERS[settings.optimizer](
+        list(parameters.values()), lr=settings.learning_rate, weight_decay=settings.weight_decay
+    )
+
+
+def set_learning_rate(optimizer: Optimizer, factor: float) -> float:
+    """Set each group's rate to its own peak times `factor`; returns the first group's."""
+    for group in optimizer.param_groups:
+        group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
+    return optimizer.param_groups[0]["lr"]
+
+
+def make_schedule(settings: Training, steps: int) -> Schedule:
+    """Step number (from 1) -> factor on the learning rate, by transformers' schedule of that name.
+
+    transformers counts from 0 and would give the first step of a warm-up a rate of 0: here the warm-up takes its
+    values from 1, so that no step is spent on nothing.
+    """
+    from transformers import get_scheduler
+
+    warmup = round(settings.warmup_ratio * steps)
+    idle = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    factor = get_scheduler(settings.lr_scheduler, idle, num_warmup_steps=warmup, num_training_steps=steps).lr_lambdas[0]
+    return lambda step: factor(step if step <= warmup else step - 1)
+
+
+def _adamw(parameters: list[nn.Parameter], **kwargs) -> Optimizer:
+    return torch.optim.AdamW(parameters, fused=True, **kwargs)
+
+
+def _bitsandbytes(name: str) -> Callable[..., Optimizer]:
+    def make(parameters: list[nn.Parameter], **kwargs) -> Optimizer:
+        import bitsandbytes.optim
+
+        return getattr(bitsandbytes.optim, name)(parameters, **kwargs)
+
+    return make
+
+
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
+    "adamw": _adamw,
+    "adamw_8bit": _bitsandbytes("AdamW8bit"),
+    "paged_adamw": _bitsandbytes("PagedAdamW32bit"),
+    "paged_adamw_8bit": _bitsandbytes("PagedAdamW8bit"),
+}
