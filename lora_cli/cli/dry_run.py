@@ -1,0 +1,34 @@
+"""`lora train --dry-run`: the resolved recipe with origins, the parameter budget, the planned steps. No weights, no torch."""
+
+from lora_cli.recipe.reader import LoadedRecipe
+
+
+def show_dry_run(loaded: LoadedRecipe) -> None:
+    from lora_cli.budget.bases import measure_base
+    from lora_cli.budget.params import adapted_linears, budget_of
+    from lora_cli.cli.console import bytes_text, number, show
+    from lora_cli.recipe.reader import resolved_yaml
+
+    show(resolved_yaml(loaded).rstrip())
+    recipe = loaded.recipe
+    base = measure_base(recipe.model.base, recipe.model.revision)
+    adapted = adapted_linears(base.shape, recipe.lora.targets, exclude=recipe.lora.exclude, layers=recipe.lora.layers)
+    config = recipe.lora.config()
+    budget = budget_of(adapted, base.shape.parameters, config)
+    show("")
+    show(
+        f"trains {number(budget.trainable)} of {number(budget.total)} parameters ({budget.share:.4%}) in {len(adapted)} modules, "
+        f"scale {config.scale:g}; the adapter's file has {bytes_text(budget.adapter_bytes)}"
+    )
+    show(_steps(loaded))
+
+
+def _steps(loaded: LoadedRecipe) -> str:
+    from lora_cli.runs.planned import planned_steps
+
+    planned = planned_steps(loaded)
+    training = loaded.recipe.training
+    if planned is None:
+        return f"steps: known once {loaded.recipe.data.train} is downloaded ({training.global_batch_size} rows a step)"
+    ends = f"max_steps {training.max_steps}" if training.max_steps else f"{training.epochs:g} epochs"
+    return f"{planned.steps:,} steps of {training.global_batch_size} rows: {ends} over {planned.rows:,} rows"

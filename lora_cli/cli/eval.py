@@ -1,0 +1,89 @@
+"""`lora eval`: loss and perplexity of base and adapter on the same rows."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lora_cli.cli.options import BaseOption, JsonOption, SetOption
+
+
+def eval_(
+    recipe: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[RECIPE]", help="A recipe: its base, held-out rows and run folder.", show_default=False
+        ),
+    ] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder of the adapter; default: the recipe's run folder.")
+    ] = None,
+    base: BaseOption = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Rows to measure on, instead of the recipe's held-out rows.")
+    ] = None,
+    set_: SetOption = None,
+    json: JsonOption = False,
+    allow_base_mismatch: Annotated[
+        bool, typer.Option("--allow-base-mismatch", help="Measure on another base than the adapter was trained on.")
+    ] = False,
+) -> None:
+    """Measure base and adapter side by side: `lora eval recipe.yaml`, or `lora eval --adapter out/ --data rows.jsonl`."""
+    from lora_cli.cli.console import inert, note, show_json, show_notices
+    from lora_cli.errors import Problem, RecipeError
+
+    show_notices()
+    if recipe is None and data is None:
+        raise RecipeError(
+            Problem("nothing to measure on", fix="give a recipe with `data.eval`, or rows with `--data FILE`")
+        )
+    if recipe is None and adapter is None and base is None:
+        raise RecipeError(Problem("nothing to measure", fix="give `--adapter DIR`, a recipe, or `--base MODEL` alone"))
+    if allow_base_mismatch:
+        note("--allow-base-mismatch: the base's fingerprint is not required to match", style="yellow")
+    loaded_recipe, comparison, name = _compare(recipe, adapter, base, data, set_ or [], allow_base_mismatch)
+    note(f"data: {inert(comparison.report.summary())}")
+    if json:
+        show_json(_as_json(comparison, name))
+    else:
+        _show(comparison)
+
+
+def _compare(recipe, adapter, base, data, overrides, allow):
+    from lora_cli.recipe.reader import read_recipe
+    from lora_cli.recipe.schema import Model
+    from lora_cli.runs.evaluate import compare, load_pair, rows_of_file, rows_of_recipe
+
+    found = read_recipe(recipe, overrides) if recipe else None
+    model = found.recipe.model if found else Model(base=base) if base else None
+    if found and base:
+        model = model.model_copy(update={"base": base, "revision": None})
+    if found and adapter is None and (Path(found.recipe.output) / "adapter_config.json").is_file():
+        adapter = Path(found.recipe.output)
+    pair = load_pair(adapter, model, allow_base_mismatch=allow)
+    max_length = found.recipe.data.max_length if found else None
+    rows = rows_of_file(data, pair.tokenizer, max_length=max_length) if data else rows_of_recipe(found, pair.tokenizer)
+    return found, compare(pair, *rows), pair.base.name
+
+
+def _show(comparison) -> None:
+    from lora_cli.cli.console import number, out, plain_table, show
+
+    table = plain_table("", "loss", "perplexity")
+    table.add_row("base", f"{comparison.base.loss:.4f}", f"{comparison.base.perplexity:.2f}")
+    if comparison.adapter:
+        table.add_row(
+            "base + adapter", f"{comparison.adapter.loss:.4f}", f"{comparison.adapter.perplexity:.2f}", style="bold"
+        )
+    out.print(table)
+    show(f"{number(comparison.base.rows)} rows, {number(comparison.base.tokens)} trained tokens, nats a token")
+
+
+def _as_json(comparison, name: str) -> dict:
+    measured = {"base": comparison.base, "adapter": comparison.adapter}
+    return {
+        "model": name,
+        "rows": comparison.base.rows,
+        "tokens": comparison.base.tokens,
+        **{key: {"loss": found.loss, "perplexity": found.perplexity} for key, found in measured.items() if found},
+    }

@@ -1,0 +1,44 @@
+"""`lora generate`: the same prompts, answered by the base and by the adapter."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lora_cli.cli.options import BaseOption, JsonOption
+
+
+def generate(
+    adapter: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder of the adapter; without it, the base alone.")
+    ] = None,
+    base: BaseOption = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="A prompt; may be repeated. Without it, one a line from stdin.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens an answer has at most.")] = 96,
+    json: JsonOption = False,
+) -> None:
+    """Answer prompts by base and adapter side by side: `lora generate --adapter out/ --prompt 'What is a kludge?'`."""
+    from lora_cli.cli.console import inert, show, show_json, show_notices
+    from lora_cli.errors import Problem, RecipeError
+    from lora_cli.recipe.schema import Model
+
+    show_notices()
+    if adapter is None and base is None:
+        raise RecipeError(Problem("no model to ask", fix="give `--adapter DIR` or `--base MODEL`"))
+    prompts = prompt or [line for line in typer.get_text_stream("stdin").read().splitlines() if line.strip()]
+    if not prompts:
+        raise RecipeError(Problem("no prompt", fix="give `--prompt '…'`, or one prompt a line on stdin"))
+    from lora_cli.runs.evaluate import load_pair, side_by_side
+
+    pair = load_pair(adapter, Model(base=base) if base else None)
+    answers = side_by_side(pair, prompts, max_new_tokens)
+    if json:
+        show_json(answers)
+        return
+    for question, found in answers.items():
+        show(f"> {inert(question)}", style="bold")
+        for who, text in found.items():
+            show(f"  {who:<8} {inert(text)}")
+        show("")

@@ -1,0 +1,119 @@
+"""The table of commands, and the one place where errors become exit codes. Nothing heavy is imported here."""
+
+import sys
+
+import typer
+
+from lora_cli import __version__
+from lora_cli.errors import OutOfMemoryError, Problem, UserError
+
+DEBUG = "--debug"
+
+
+def app() -> typer.Typer:
+    from lora_cli.cli.doctor import doctor
+    from lora_cli.cli.eval import eval_
+    from lora_cli.cli.export import export
+    from lora_cli.cli.generate import generate
+    from lora_cli.cli.merge import merge
+    from lora_cli.cli.params import params
+    from lora_cli.cli.schema import schema
+    from lora_cli.cli.train import train
+    from lora_cli.cli.unmerge import unmerge
+
+    commands = typer.Typer(
+        name="lora",
+        help="LoRA fine-tuning from YAML recipes, with proof of what it did.",
+        epilog=f"{DEBUG} on any command shows the traceback of an error.",
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    commands.callback()(_root)
+    for name, command in {
+        "train": train,
+        "eval": eval_,
+        "generate": generate,
+        "merge": merge,
+        "unmerge": unmerge,
+        "export": export,
+        "params": params,
+        "schema": schema,
+        "doctor": doctor,
+    }.items():
+        commands.command(name)(command)
+    return commands
+
+
+def main() -> None:
+    """Run a command; a user's error is one block on stderr and its class's exit code, never a traceback."""
+    debug = DEBUG in sys.argv
+    sys.argv = [argument for argument in sys.argv if argument != DEBUG]
+    try:
+        app()()
+    except UserError as error:
+        if debug:
+            raise
+        _report(error)
+        sys.exit(error.code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(0)
+    except Exception as error:
+        if debug:
+            raise
+        known = _out_of_memory(error) or _bug(error)
+        _report(known)
+        sys.exit(known.code)
+
+
+def _root(version: bool = typer.Option(False, "--version", help="Print the version.", is_eager=True)) -> None:
+    if version:
+        print(f"lora {__version__}")
+        raise typer.Exit()
+
+
+MOST_LINES = 12
+
+
+def _report(error: UserError) -> None:
+    """At most twelve lines; what doesn't fit is counted."""
+    from lora_cli.cli.console import err, inert, note
+
+    blocks = [inert(str(problem)) for problem in error.problems]
+    shown = [blocks[0]]
+    for block in blocks[1:]:
+        if sum(text.count("\n") + 1 for text in [*shown, block]) > MOST_LINES - 1:
+            break
+        shown.append(block)
+    err.file.flush()
+    for block in shown:
+        note(block)
+    if len(shown) < len(blocks):
+        note(f"… and {len(blocks) - len(shown)} more")
+
+
+def _out_of_memory(error: Exception) -> UserError | None:
+    torch = sys.modules.get("torch")
+    if isinstance(error, MemoryError) or (torch and isinstance(error, torch.OutOfMemoryError)):
+        first = next(iter(str(error).splitlines()), "")
+        return OutOfMemoryError(
+            Problem(
+                f"out of memory: {first}",
+                fix="lower `training.micro_batch_size` (the result stays the same), set `training.gradient_checkpointing: true`, "
+                "shorten `data.max_length`, or use `model.quantize: nf4`",
+            )
+        )
+    return None
+
+
+def _bug(error: Exception) -> UserError:
+    lines = str(error).splitlines() or [""]
+    return UserError(
+        Problem(
+            f"a bug in lora: {type(error).__name__}: {lines[0]}",
+            fix=f"run it again with {DEBUG} and report what it prints",
+        )
+    )

@@ -1,0 +1,186 @@
+"""`lora merge`: base + adapter as a model of its own, proved."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    from lora_cli.export.merged import MergeReport
+    from lora_cli.export.table import Order
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+AdapterOption = Annotated[Path, typer.Option(metavar="DIR", help="The run folder, or any PEFT adapter.")]
+BaseOption = Annotated[str | None, typer.Option(metavar="NAME", help="Folder or hub id; else what the adapter names.")]
+OutOption = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Where to write; else inside the adapter's folder.")
+]
+DtypeOption = Annotated[Dtype | None, typer.Option(help="Of all weights; else each keeps the base's.")]
+MismatchOption = Annotated[
+    bool, typer.Option("--allow-base-mismatch", help="Merge into a base the adapter was not trained on.")
+]
+DataOption = Annotated[Path | None, typer.Option(metavar="FILE", help="Text or jsonl rows for the proof.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+
+
+def merge(
+    adapter: AdapterOption,
+    base: BaseOption = None,
+    out: OutOption = None,
+    dtype: DtypeOption = None,
+    data: DataOption = None,
+    allow_base_mismatch: MismatchOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write base + adapter as one model, prove that it answers the same, and say what storing it lost.
+
+    Example: lora merge --adapter out/ --out merged/
+    """
+    from lora_cli.cli.console import show_json
+    from lora_cli.export.table import export_merged
+
+    order = read_order(
+        adapter, "merged", base=base, out=out, dtype=dtype, data=data, allow_base_mismatch=allow_base_mismatch
+    )
+    with weights_bar("merging") as progress:
+        report = export_merged(order, progress)
+    if as_json:
+        show_json(report.as_dict())
+    else:
+        show_merge(report, adapter)
+
+
+def read_order(
+    folder: Path,
+    format: str,
+    *,
+    base: str | None,
+    out: Path | None,
+    dtype: str | None,
+    data: Path | None,
+    allow_base_mismatch: bool,
+) -> "Order":
+    """What is to be exported. Everything cheap that can be wrong is found here, before any weight is read."""
+    from lora_cli.export.merged import refuse_second_merge
+    from lora_cli.export.proof import proof_device
+    from lora_cli.export.staging import refuse_output
+    from lora_cli.export.table import Order, is_transposed
+    from lora_cli.lora.peft_format import load_adapter
+    from lora_cli.models.base import resolve_base
+    from lora_cli.models.load import DTYPES
+
+    out = out or folder / format
+    refuse_output(out)
+    adapter = load_adapter(folder)
+    adapter.check_alive()
+    name = base or adapter.config.base_model_name_or_path
+    transposed = is_transposed(folder)
+    if format == "peft" or name is None:
+        return Order(adapter, folder, out, transposed)
+    found = resolve_base(name, None if base else adapter.config.revision)
+    refuse_second_merge(found.folder, adapter)
+    return Order(
+        adapter,
+        folder,
+        out,
+        transposed,
+        base=found,
+        dtype=DTYPES[dtype] if dtype else None,
+        token_rows=_rows(folder, found.folder, data),
+        device=proof_device(found.folder),
+        allow_base_mismatch=allow_base_mismatch,
+    )
+
+
+def show_merge(report: "MergeReport", adapter: Path) -> None:
+    """Four short paragraphs: what was written, the proof, what storing lost, what to do with it."""
+    from lora_cli.cli.console import bytes_text, inert, show
+
+    show(f"merged   {inert(str(adapter))} into {inert(report.base)}", style="bold")
+    show(f"         {report.tensors} weights changed · {bytes_text(report.bytes)} · {' and '.join(report.dtypes)}")
+    for line in [*_base_lines(report), *_proof_lines(report), *_storage_lines(report)]:
+        show(line)
+    show(f"written  {inert(str(report.out))}: a plain transformers folder, ready for `lora eval`, vLLM and others")
+
+
+@contextmanager
+def weights_bar(title: str) -> Iterator[Callable[[int, int], None] | None]:
+    """A bar on stderr while weights are written; nothing where that is no terminal."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from lora_cli.cli.console import err
+
+    if not err.is_terminal:
+        yield None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=True) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _base_lines(report: "MergeReport") -> list[str]:
+    if report.base_differences:
+        differ = ", ".join(report.base_differences[:3])
+        return [f"         NOT the base it was trained on (--allow-base-mismatch): {differ} differ"]
+    return (
+        [] if report.base_checked else ["         the adapter doesn't say which weights it was trained on: not checked"]
+    )
+
+
+def _proof_lines(report: "MergeReport") -> list[str]:
+    proof = report.proof
+    return [
+        f"proof    base + adapter and the merged model read the same {proof.positions} tokens ({proof.computed_in})",
+        f"         largest logit difference {proof.largest_logit_difference:.2g}, where logits go up to "
+        f"{proof.largest_logit:.3g}",
+        f"         KL {proof.kl:.2g} nats a token; the adapter itself moves {proof.adapter_kl:.2g}",
+        f"         same first choice at {proof.same_top1:.1%} of the tokens",
+    ]
+
+
+def _storage_lines(report: "MergeReport") -> list[str]:
+    first = f"storage  {' and '.join(report.dtypes)} rounded off {report.lost:.2%} of the update"
+    if report.unmoved_share:
+        first += f"; {report.unmoved_share:.1%} of the weights it changes stay as they were"
+    better = {name: lost for name, lost in report.lost_by_dtype.items() if lost < report.lost}
+    if not better:
+        return [first]
+    choices = ", ".join(f"`--dtype {name}` {lost:.2%}" for name, lost in better.items())
+    much = " (that is much next to what the adapter does)" if report.proof.storing_costs_much else ""
+    return [first + much, f"         less would be lost with {choices}"]
+
+
+def _rows(adapter: Path, base: Path, data: Path | None) -> tuple[tuple[int, ...], ...]:
+    """The rows of the proof: the file's, else sentences and code of our own."""
+    from lora_cli.export.proof import SENTENCES, token_rows
+    from lora_cli.models.load import load_tokenizer
+
+    tokenizer = load_tokenizer(adapter if (adapter / "tokenizer_config.json").is_file() else base)
+    texts = _texts(data) if data else list(SENTENCES)
+    return tuple(tuple(row) for row in token_rows(texts, tokenizer))
+
+
+def _texts(file: Path) -> list[str]:
+    """Lines of text; of jsonl rows, all the text that is in them."""
+    import json
+
+    from lora_cli.errors import DataError, Problem
+
+    try:
+        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return ["\n".join(_strings(json.loads(line))) for line in lines] if file.suffix == ".jsonl" else lines
+    except (OSError, ValueError) as error:
+        raise DataError(
+            Problem(f"it can't be read: {error}", where=str(file), fix="give a file of text lines, or jsonl")
+        ) from error
+
+
+def _strings(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _strings(part)

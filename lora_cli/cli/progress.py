@@ -1,0 +1,117 @@
+"""The run as a person watches it: what will be trained, a live line of progress, and what came of it."""
+
+import sys
+from contextlib import AbstractContextManager
+from typing import Self
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from lora_cli.cli.console import bytes_text, duration, err, inert, note, number, plain_table, show
+from lora_cli.lora.adapter import Adapter
+from lora_cli.runs.parts import Run
+from lora_cli.train.events import Evaluated, Event, Finished, Sampled, Saved, Started, Step
+
+PLAIN_LINES = 20  # about so many step lines where there is no terminal to animate
+
+
+class Display(AbstractContextManager):
+    """Consumes the events of a run. On a terminal, a bar with loss, rate and time left; elsewhere, plain lines."""
+
+    def __init__(self, run: Run, log_steps: int) -> None:
+        self.run = run
+        self.log_steps = log_steps
+        self.evaluations: list[Evaluated] = []
+        self.finished: Finished | None = None
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+            console=err,
+            disable=not err.is_terminal,
+        )
+        self.task = self.bar.add_task("training", total=run.plan.steps, figures="")
+
+    def __enter__(self) -> Self:
+        self._introduce()
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def show(self, event: Event) -> None:
+        match event:
+            case Started():
+                self.bar.update(self.task, completed=event.step)
+                if event.step:
+                    note(f"continuing after step {event.step}")
+            case Step():
+                self._step(event)
+            case Evaluated():
+                self.evaluations.append(event)
+                note(
+                    f"step {event.step:>5}  held-out loss {event.loss:.4f}  perplexity {event.perplexity:.2f}",
+                    style="bold",
+                )
+            case Sampled():
+                for prompt, answer in event.samples.items():
+                    note(f"  > {inert(prompt)}\n    {inert(answer)}")
+            case Saved():
+                note(f"saved step {event.step}", style="dim")
+            case Finished():
+                self.finished = event
+                self.bar.stop()
+
+    def show_result(self, adapter: Adapter) -> None:
+        """What came of it, and what to try next, on stdout."""
+        finished, folder = self.finished, self.run.folder.path
+        show(
+            f"{finished.step} steps in {duration(finished.seconds)} ({finished.reason}), peak memory {bytes_text(finished.peak_bytes)}"
+        )
+        if len(self.evaluations) > 1:
+            before, after = self.evaluations[0], self.evaluations[-1]
+            show(
+                f"held-out loss {before.loss:.4f} → {after.loss:.4f}, perplexity {before.perplexity:.1f} → {after.perplexity:.1f}"
+            )
+        show(f"adapter: {folder}, {number(adapter.parameters)} parameters, read back and equal to what was trained")
+        show("")
+        show("next:")
+        show(f"  lora generate --adapter {folder} --prompt '…'     base and adapter side by side")
+        show(f"  lora eval {folder / 'recipe.yaml'} --adapter {folder}")
+        show(f"  lora merge --adapter {folder}")
+
+    def _introduce(self) -> None:
+        run, budget = self.run, self.run.budget
+        table = plain_table("module", "shape", "r", "modules", "parameters")
+        for row in budget.rows:
+            table.add_row(
+                row.module,
+                f"{row.out_features} × {row.in_features}",
+                str(row.r),
+                str(row.count),
+                number(row.parameters),
+            )
+        err.print(table)
+        note(
+            f"trains {number(budget.trainable)} of {number(budget.total)} parameters ({budget.share:.4%}), "
+            f"scale {run.config.scale:g}, adapter {bytes_text(budget.adapter_bytes)}"
+        )
+        note(f"data: {inert(run.rows.report.summary())}")
+        if run.rows.held_out:
+            note(f"held out: {len(run.rows.held_out):,} examples")
+        training, processes = run.recipe.training, run.accelerator.num_processes
+        note(
+            f"{run.plan.steps:,} steps of {training.global_batch_size} rows on {processes} × {run.accelerator.device.type}, "
+            f"{run.settings.micro_batch_size} a forward, {str(run.dtype).removeprefix('torch.')}"
+        )
+
+    def _step(self, step: Step) -> None:
+        figures = f"loss {step.loss:.3f}  lr {step.lr:.1e}  {step.tokens_per_second:,.0f} tokens/s"
+        self.bar.update(self.task, completed=step.step, figures=figures)
+        every = max(self.log_steps, self.run.plan.steps // PLAIN_LINES)
+        if not err.is_terminal and (step.step % every == 0 or step.step in (1, self.run.plan.steps)):
+            left = step.seconds / step.step * (self.run.plan.steps - step.step)
+            note(f"step {step.step:>5}/{self.run.plan.steps}  {figures}  {duration(left)} left")
+            sys.stderr.flush()

@@ -1,0 +1,77 @@
+"""`lora train`: read the recipe, train, and show what happens."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lora_cli.cli.options import RecipeArgument, SetOption
+
+
+def train(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder, instead of the recipe's `output`.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run in the folder from its newest checkpoint.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Move an old run in the folder aside and start anew.")
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Print the resolved recipe, the budget and the planned steps; train nothing."),
+    ] = False,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Processes on this machine; default: every visible GPU, else 1.")
+    ] = None,
+    on: Annotated[
+        str | None, typer.Option(metavar="PROFILE", help="Where to run: a name from configs/launch/, or a file.")
+    ] = None,
+) -> None:
+    """Train an adapter: `lora train configs/llama7b-qv.yaml --set lora.r=16`."""
+    from lora_cli.cli.console import show_notices
+    from lora_cli.recipe.reader import read_recipe
+
+    show_notices()
+    loaded = read_recipe(recipe, set_ or [])
+    if dry_run:
+        from lora_cli.cli.dry_run import show_dry_run
+
+        show_dry_run(loaded)
+        return
+    from lora_cli.runs.folder import RunFolder
+
+    folder = RunFolder(out or Path(loaded.recipe.output))
+    from lora_cli.cli.launch import is_worker, run_as_workers
+
+    if not is_worker():
+        folder.check_free(resume=resume, overwrite=overwrite)
+        if run_as_workers(processes, on):
+            return
+    _train(loaded, folder, resume=resume, overwrite=overwrite)
+
+
+def _train(loaded, folder, *, resume: bool, overwrite: bool) -> None:
+    from contextlib import nullcontext
+
+    from lora_cli.cli.console import note
+    from lora_cli.cli.launch import is_first_worker
+    from lora_cli.cli.progress import Display
+    from lora_cli.runs.train import execute, finish, prepare
+    from lora_cli.train.parallel import leave_group, quiet_unless_first
+
+    quiet_unless_first()
+    first = is_first_worker()
+    if first and (aside := folder.prepare(overwrite=overwrite)):
+        note(f"the old run was moved to {aside}")
+    with folder.locked() if first else nullcontext():
+        run = prepare(loaded, folder)
+        with Display(run, loaded.recipe.training.log_steps) if first else nullcontext() as display:
+            for event in execute(run, resume=resume):
+                if display:
+                    display.show(event)
+        if first:
+            adapter = finish(run)
+            display.show_result(adapter)
+    leave_group()
