@@ -1,4 +1,4 @@
-"""What a user can get wrong: problems with a place and a fix, and the exit code of their class (contract, part 3).
+"""What a user can get wrong: problems with a place and a fix, and the exit code of their class.
 
 Standard library only: every floor raises these, and `cli/console.py` prints them.
 """

@@ -4,6 +4,7 @@ A new page is a row of PAGES: its path, and the function that gives its text.
 """
 
 import argparse
+import ast
 import json
 import sys
 from collections.abc import Callable
@@ -18,9 +19,53 @@ def recipe_schema_text() -> str:
     return json.dumps(recipe_schema(), indent=2, ensure_ascii=False) + "\n"
 
 
+# The floors of the house, the highest first: what a package may import stands below it.
+FLOORS = (
+    "cli",
+    "runs",
+    "evaluate",
+    "train",
+    "infer",
+    "export",
+    "budget",
+    "models",
+    "objectives",
+    "data",
+    "recipe",
+    "lora",
+    "kernels",
+    ".",
+)
+
+
+def readme() -> str:
+    """README.md with its tree of modules made anew: a line a file, from the file's own first sentence."""
+    text = _current(ROOT / "README.md")
+    before, rest = text.split("<!-- tree -->")
+    after = rest.split("<!-- /tree -->")[1]
+    return f"{before}<!-- tree -->\n```\n{_tree()}```\n<!-- /tree -->{after}"
+
+
+def _tree() -> str:
+    lines = ["lora_cli/"]
+    for floor in FLOORS:
+        lines += [f"  {floor}/"] if floor != "." else []
+        for path in sorted((ROOT / "lora_cli" / floor).glob("*.py")):
+            if not path.name.startswith("__"):
+                indent = "    " if floor != "." else "  "
+                lines.append(f"{indent + path.name:<24}{_first_sentence(path)}")
+    return "\n".join(lines) + "\n"
+
+
+def _first_sentence(path: Path) -> str:
+    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return docstring.split("\n\n")[0].replace("\n", " ").split(". ")[0].rstrip(".:")
+
+
 PAGES: tuple[tuple[str, Callable[[], str]], ...] = (
     ("docs/recipe.md", recipe_page),
     ("docs/recipe.schema.json", recipe_schema_text),
+    ("README.md", readme),
 )
 
 

@@ -6,7 +6,7 @@ from lora_cli.recipe.reader import LoadedRecipe
 def show_dry_run(loaded: LoadedRecipe) -> None:
     from lora_cli.budget.bases import measure_base
     from lora_cli.budget.params import adapted_linears, budget_of
-    from lora_cli.cli.console import bytes_text, number, show
+    from lora_cli.cli.console import bytes_text, show
     from lora_cli.recipe.reader import resolved_yaml
 
     show(resolved_yaml(loaded).rstrip())
@@ -17,7 +17,7 @@ def show_dry_run(loaded: LoadedRecipe) -> None:
     budget = budget_of(adapted, base.shape.parameters, config)
     show("")
     show(
-        f"trains {number(budget.trainable)} of {number(budget.total)} parameters ({budget.share:.4%}) in {len(adapted)} modules, "
+        f"trains {budget} parameters in {len(adapted)} modules, "
         f"scale {config.scale:g}; the adapter's file has {bytes_text(budget.adapter_bytes)}"
     )
     show(_steps(loaded))

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from lora_cli.cli.options import BaseOption, JsonOption, SetOption
+from lora_cli.cli.options import BaseOption, JsonOption, MismatchOption, SetOption
 
 
 def eval_(
@@ -24,15 +24,12 @@ def eval_(
     ] = None,
     set_: SetOption = None,
     json: JsonOption = False,
-    allow_base_mismatch: Annotated[
-        bool, typer.Option("--allow-base-mismatch", help="Measure on another base than the adapter was trained on.")
-    ] = False,
+    allow_base_mismatch: MismatchOption = False,
 ) -> None:
     """Measure base and adapter side by side: `lora eval recipe.yaml`, or `lora eval --adapter out/ --data rows.jsonl`."""
-    from lora_cli.cli.console import inert, note, show_json, show_notices
+    from lora_cli.cli.console import inert, note, show_json
     from lora_cli.errors import Problem, RecipeError
 
-    show_notices()
     if recipe is None and data is None:
         raise RecipeError(
             Problem("nothing to measure on", fix="give a recipe with `data.eval`, or rows with `--data FILE`")
@@ -41,7 +38,7 @@ def eval_(
         raise RecipeError(Problem("nothing to measure", fix="give `--adapter DIR`, a recipe, or `--base MODEL` alone"))
     if allow_base_mismatch:
         note("--allow-base-mismatch: the base's fingerprint is not required to match", style="yellow")
-    loaded_recipe, comparison, name = _compare(recipe, adapter, base, data, set_ or [], allow_base_mismatch)
+    comparison, name = _compare(recipe, adapter, base, data, set_ or [], allow_base_mismatch)
     note(f"data: {inert(comparison.report.summary())}")
     if json:
         show_json(_as_json(comparison, name))
@@ -58,12 +55,12 @@ def _compare(recipe, adapter, base, data, overrides, allow):
     model = found.recipe.model if found else Model(base=base) if base else None
     if found and base:
         model = model.model_copy(update={"base": base, "revision": None})
-    if found and adapter is None and (Path(found.recipe.output) / "adapter_config.json").is_file():
+    if found and adapter is None:
         adapter = Path(found.recipe.output)
     pair = load_pair(adapter, model, allow_base_mismatch=allow)
     max_length = found.recipe.data.max_length if found else None
     rows = rows_of_file(data, pair.tokenizer, max_length=max_length) if data else rows_of_recipe(found, pair.tokenizer)
-    return found, compare(pair, *rows), pair.base.name
+    return compare(pair, *rows), pair.base.name
 
 
 def _show(comparison) -> None:

@@ -4,17 +4,15 @@ from typing import Annotated
 
 import typer
 
-from lora_cli.cli.merge import (
+from lora_cli.cli.merge import read_order, show_merge, weights_bar
+from lora_cli.cli.options import (
     AdapterOption,
     BaseOption,
-    DataOption,
     DtypeOption,
     JsonOption,
     MismatchOption,
     OutOption,
-    read_order,
-    show_merge,
-    weights_bar,
+    ProofRowsOption,
 )
 
 
@@ -24,7 +22,7 @@ def export(
     base: BaseOption = None,
     out: OutOption = None,
     dtype: DtypeOption = None,
-    data: DataOption = None,
+    data: ProofRowsOption = None,
     allow_base_mismatch: MismatchOption = False,
     as_json: JsonOption = False,
 ) -> None:

@@ -20,11 +20,10 @@ def generate(
     json: JsonOption = False,
 ) -> None:
     """Answer prompts by base and adapter side by side: `lora generate --adapter out/ --prompt 'What is a kludge?'`."""
-    from lora_cli.cli.console import inert, show, show_json, show_notices
+    from lora_cli.cli.console import inert, show, show_json
     from lora_cli.errors import Problem, RecipeError
     from lora_cli.recipe.schema import Model
 
-    show_notices()
     if adapter is None and base is None:
         raise RecipeError(Problem("no model to ask", fix="give `--adapter DIR` or `--base MODEL`"))
     prompts = prompt or [line for line in typer.get_text_stream("stdin").read().splitlines() if line.strip()]

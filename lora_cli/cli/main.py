@@ -1,11 +1,12 @@
 """The table of commands, and the one place where errors become exit codes. Nothing heavy is imported here."""
 
+import errno
 import sys
 
 import typer
 
 from lora_cli import __version__
-from lora_cli.errors import OutOfMemoryError, Problem, UserError
+from lora_cli.errors import OutOfMemoryError, Problem, StorageError, UserError
 
 DEBUG = "--debug"
 
@@ -64,7 +65,7 @@ def main() -> None:
     except Exception as error:
         if debug:
             raise
-        known = _out_of_memory(error) or _bug(error)
+        known = _out_of_memory(error) or _storage(error) or _bug(error)
         _report(known)
         sys.exit(known.code)
 
@@ -73,6 +74,9 @@ def _root(version: bool = typer.Option(False, "--version", help="Print the versi
     if version:
         print(f"lora {__version__}")
         raise typer.Exit()
+    from lora_cli.cli.console import show_notices
+
+    show_notices()
 
 
 MOST_LINES = 12
@@ -104,6 +108,26 @@ def _out_of_memory(error: Exception) -> UserError | None:
                 f"out of memory: {first}",
                 fix="lower `training.micro_batch_size` (the result stays the same), set `training.gradient_checkpointing: true`, "
                 "shorten `data.max_length`, or use `model.quantize: nf4`",
+            )
+        )
+    return None
+
+
+def _storage(error: Exception) -> UserError | None:
+    """The disk's refusals: full, read-only, not ours to write."""
+    if isinstance(error, OSError) and error.errno in (
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EROFS,
+        errno.EACCES,
+        errno.EPERM,
+        errno.EIO,
+    ):
+        return StorageError(
+            Problem(
+                f"the disk refuses: {error.strerror}",
+                where=str(error.filename or ""),
+                fix="free some space, or give another folder with `--out`",
             )
         )
     return None

@@ -3,26 +3,21 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING
 
-import typer
+from lora_cli.cli.options import (
+    AdapterOption,
+    BaseOption,
+    DtypeOption,
+    JsonOption,
+    MismatchOption,
+    OutOption,
+    ProofRowsOption,
+)
 
 if TYPE_CHECKING:
     from lora_cli.export.merged import MergeReport
     from lora_cli.export.table import Order
-
-Dtype = Literal["float32", "bfloat16", "float16"]
-AdapterOption = Annotated[Path, typer.Option(metavar="DIR", help="The run folder, or any PEFT adapter.")]
-BaseOption = Annotated[str | None, typer.Option(metavar="NAME", help="Folder or hub id; else what the adapter names.")]
-OutOption = Annotated[
-    Path | None, typer.Option(metavar="DIR", help="Where to write; else inside the adapter's folder.")
-]
-DtypeOption = Annotated[Dtype | None, typer.Option(help="Of all weights; else each keeps the base's.")]
-MismatchOption = Annotated[
-    bool, typer.Option("--allow-base-mismatch", help="Merge into a base the adapter was not trained on.")
-]
-DataOption = Annotated[Path | None, typer.Option(metavar="FILE", help="Text or jsonl rows for the proof.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
 
 def merge(
@@ -30,7 +25,7 @@ def merge(
     base: BaseOption = None,
     out: OutOption = None,
     dtype: DtypeOption = None,
-    data: DataOption = None,
+    data: ProofRowsOption = None,
     allow_base_mismatch: MismatchOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -59,7 +54,7 @@ def read_order(
     base: str | None,
     out: Path | None,
     dtype: str | None,
-    data: Path | None,
+    data: str | None,
     allow_base_mismatch: bool,
 ) -> "Order":
     """What is to be exported. Everything cheap that can be wrong is found here, before any weight is read."""
@@ -153,34 +148,16 @@ def _storage_lines(report: "MergeReport") -> list[str]:
     return [first + much, f"         less would be lost with {choices}"]
 
 
-def _rows(adapter: Path, base: Path, data: Path | None) -> tuple[tuple[int, ...], ...]:
-    """The rows of the proof: the file's, else sentences and code of our own."""
+def _rows(adapter: Path, base: Path, data: str | None) -> tuple[tuple[int, ...], ...]:
+    """The rows of the proof: the file's, those of the run, else sentences and code of our own."""
     from lora_cli.export.proof import SENTENCES, token_rows
     from lora_cli.models.load import load_tokenizer
+    from lora_cli.runs.evaluate import rows_of_file
+    from lora_cli.runs.proof_rows import rows_for_proof
 
     tokenizer = load_tokenizer(adapter if (adapter / "tokenizer_config.json").is_file() else base)
-    texts = _texts(data) if data else list(SENTENCES)
-    return tuple(tuple(row) for row in token_rows(texts, tokenizer))
-
-
-def _texts(file: Path) -> list[str]:
-    """Lines of text; of jsonl rows, all the text that is in them."""
-    import json
-
-    from lora_cli.errors import DataError, Problem
-
-    try:
-        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-        return ["\n".join(_strings(json.loads(line))) for line in lines] if file.suffix == ".jsonl" else lines
-    except (OSError, ValueError) as error:
-        raise DataError(
-            Problem(f"it can't be read: {error}", where=str(file), fix="give a file of text lines, or jsonl")
-        ) from error
-
-
-def _strings(value: object) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _strings(part)
+    if data:
+        rows = [example.input_ids for example in rows_of_file(data, tokenizer)[0]]
+    else:
+        rows = rows_for_proof(adapter, tokenizer) or token_rows(SENTENCES, tokenizer)
+    return tuple(map(tuple, rows))

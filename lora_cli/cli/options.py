@@ -1,22 +1,29 @@
 """Arguments and options that several commands share."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
+
+Dtype = Literal["float32", "bfloat16", "float16"]
 
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file.", show_default=False)]
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe's key, such as lora.r=16; may be repeated."),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
-AdapterOption = Annotated[
-    Path, typer.Option("--adapter", metavar="DIR", help="Folder of the adapter.", show_default=False)
-]
+AdapterOption = Annotated[Path, typer.Option(metavar="DIR", help="The run folder, or any PEFT adapter.")]
 BaseOption = Annotated[
-    str | None,
-    typer.Option(
-        "--base", metavar="MODEL", help="Base model: folder, hub id or GGUF file; default: what the adapter names."
-    ),
+    str | None, typer.Option(metavar="MODEL", help="Folder, hub id or GGUF file; else what the adapter names.")
 ]
+MismatchOption = Annotated[
+    bool, typer.Option("--allow-base-mismatch", help="Accept a base that the adapter was not trained on.")
+]
+OutOption = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Where to write; else inside the adapter's folder.")
+]
+DtypeOption = Annotated[Dtype | None, typer.Option(help="Of all weights; else each keeps the base's.")]
+ProofRowsOption = Annotated[
+    str | None, typer.Option("--data", metavar="FILE", help="Rows for the proof; else those of the run.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]

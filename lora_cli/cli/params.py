@@ -101,14 +101,9 @@ def _solve(limit: str, lora: "LoRA", adapted: list, base: "MeasuredBase", given:
 
 def _notes(base: "MeasuredBase", lora: "LoRA", budget: "Budget", paths: list[str]) -> tuple[str, ...]:
     from lora_cli.cli.console import bytes_text
-    from lora_cli.lora.targets import fused_letters, is_letters
+    from lora_cli.lora.targets import fused_notices
 
-    notes = list(base.shape.notes)
-    if is_letters(lora.targets):
-        notes += [
-            f"`{name}` holds {' '.join(letters)} in one weight: `{lora.targets}` adapts the whole of it"
-            for name, letters in fused_letters(lora.targets, paths).items()
-        ]
+    notes = [*base.shape.notes, *fused_notices(lora.targets, paths)]
     narrow = [row.module for row in budget.rows if row.r > min(row.in_features, row.out_features)]
     if narrow:
         notes.append(f"the rank is above the width of {', '.join(narrow)}: it adds parameters there and nothing else")

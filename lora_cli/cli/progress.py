@@ -75,7 +75,9 @@ class Display(AbstractContextManager):
             show(
                 f"held-out loss {before.loss:.4f} → {after.loss:.4f}, perplexity {before.perplexity:.1f} → {after.perplexity:.1f}"
             )
-        show(f"adapter: {folder}, {number(adapter.parameters)} parameters, read back and equal to what was trained")
+        show(
+            f"adapter: {folder}, {number(adapter.parameters)} parameters; read back equal to what was trained; the base is unchanged"
+        )
         show("")
         show("next:")
         show(f"  lora generate --adapter {folder} --prompt '…'     base and adapter side by side")
@@ -94,10 +96,7 @@ class Display(AbstractContextManager):
                 number(row.parameters),
             )
         err.print(table)
-        note(
-            f"trains {number(budget.trainable)} of {number(budget.total)} parameters ({budget.share:.4%}), "
-            f"scale {run.config.scale:g}, adapter {bytes_text(budget.adapter_bytes)}"
-        )
+        note(f"trains {budget} parameters, scale {run.config.scale:g}, adapter {bytes_text(budget.adapter_bytes)}")
         note(f"data: {inert(run.rows.report.summary())}")
         if run.rows.held_out:
             note(f"held out: {len(run.rows.held_out):,} examples")

@@ -30,10 +30,8 @@ def train(
     ] = None,
 ) -> None:
     """Train an adapter: `lora train configs/llama7b-qv.yaml --set lora.r=16`."""
-    from lora_cli.cli.console import show_notices
     from lora_cli.recipe.reader import read_recipe
 
-    show_notices()
     loaded = read_recipe(recipe, set_ or [])
     if dry_run:
         from lora_cli.cli.dry_run import show_dry_run
@@ -43,12 +41,12 @@ def train(
     from lora_cli.runs.folder import RunFolder
 
     folder = RunFolder(out or Path(loaded.recipe.output))
-    from lora_cli.cli.launch import is_worker, run_as_workers
+    from lora_cli.cli.launch import is_first_worker, is_worker, run_as_workers
 
-    if not is_worker():
+    if is_first_worker():
         folder.check_free(resume=resume, overwrite=overwrite)
-        if run_as_workers(processes, on):
-            return
+    if not is_worker() and run_as_workers(processes, on):
+        return
     _train(loaded, folder, resume=resume, overwrite=overwrite)
 
 
@@ -63,10 +61,10 @@ def _train(loaded, folder, *, resume: bool, overwrite: bool) -> None:
 
     quiet_unless_first()
     first = is_first_worker()
+    run = prepare(loaded, folder)  # before the folder is touched: a run that can't start leaves an old one alone
     if first and (aside := folder.prepare(overwrite=overwrite)):
         note(f"the old run was moved to {aside}")
     with folder.locked() if first else nullcontext():
-        run = prepare(loaded, folder)
         with Display(run, loaded.recipe.training.log_steps) if first else nullcontext() as display:
             for event in execute(run, resume=resume):
                 if display:

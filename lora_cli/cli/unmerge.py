@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lora_cli.cli.merge import AdapterOption, DtypeOption, JsonOption, weights_bar
+from lora_cli.cli.merge import weights_bar
+from lora_cli.cli.options import AdapterOption, DtypeOption, JsonOption
 
 if TYPE_CHECKING:
     from lora_cli.export.unmerge import UnmergeReport

@@ -52,7 +52,7 @@ class Adapter:
 
     def inject_into(self, model: nn.Module) -> None:
         """Put this adapter's layers into a model that has none. Raises ModelError for modules that don't fit."""
-        self._check_fits(model)
+        self.check_fits(model)
         inject(model, replace(self.config, lora_dropout=0.0), list(self.layers))
         with torch.no_grad():
             for path, layer in lora_layers(model).items():
@@ -80,7 +80,7 @@ class Adapter:
                 )
             )
 
-    def _check_fits(self, model: nn.Module) -> None:
+    def check_fits(self, model: nn.Module) -> None:
         found = linears(model)
         problems = []
         for path, factors in self.layers.items():

@@ -96,13 +96,16 @@ def weight_files(folder: Path) -> list[Path]:
 def read_header(file: Path) -> dict[str, StoredTensor]:
     """The tensors of one safetensors file, from its header alone."""
     header, data = _header(file)
-    return {
-        name: StoredTensor(
-            file, entry["dtype"], tuple(entry["shape"]), *(data + offset for offset in entry["data_offsets"])
-        )
-        for name, entry in header.items()
-        if name != "__metadata__"
-    }
+    try:
+        return {
+            name: StoredTensor(
+                file, entry["dtype"], tuple(entry["shape"]), *(data + offset for offset in entry["data_offsets"])
+            )
+            for name, entry in header.items()
+            if name != "__metadata__"
+        }
+    except (KeyError, TypeError) as error:
+        raise _unreadable(file) from error
 
 
 def read_metadata(file: Path) -> dict[str, str]:
@@ -120,17 +123,23 @@ def _header(file: Path) -> tuple[dict, int]:
             )
         text = stream.read(size)
     try:
-        return json.loads(text), 8 + size
-    except ValueError as error:
-        raise ModelError(
-            Problem("its header can't be read", where=str(file), fix="download it again: it is damaged")
-        ) from error
+        header = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _unreadable(file) from error
+    if not isinstance(header, dict):
+        raise _unreadable(file)
+    return header, 8 + size
+
+
+def _unreadable(file: Path) -> ModelError:
+    return ModelError(Problem("its header can't be read", where=str(file), fix="download it again: it is damaged"))
 
 
 def _weight_map(index: Path) -> dict[str, str]:
     try:
-        return json.loads(index.read_text())["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
+        found = json.loads(index.read_text())["weight_map"]
+        return {str(name): str(file) for name, file in found.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(
             Problem("its `weight_map` can't be read", where=str(index), fix="download it again: it is damaged")
         ) from error

@@ -20,6 +20,7 @@ from lora_cli.lora.weights import STORAGES, keep_unpacked, storage_of
 log = logging.getLogger(__name__)
 
 HIGH_RANK = 64
+SAMPLED_VALUES = 1024
 LAYERS = {storage.class_name: LoRALinear for storage in STORAGES}
 
 
@@ -73,6 +74,17 @@ def disabled(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.enabled = True
+
+
+def frozen_digest(model: nn.Module) -> str:
+    """A hash over both ends of every frozen parameter: equal before and after training."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            flat = parameter.detach().flatten()
+            ends = torch.cat([flat[:SAMPLED_VALUES], flat[-SAMPLED_VALUES:]]).cpu()
+            digest.update(name.encode() + ends.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def generator_for(seed: int, *names: object) -> torch.Generator:

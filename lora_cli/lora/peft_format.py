@@ -5,7 +5,9 @@ alphas as integers, target_modules as a sorted list. Read strictly: a key or a s
 """
 
 import json
+import re
 from collections.abc import Mapping
+from math import isfinite
 from pathlib import Path
 
 import torch
@@ -28,6 +30,7 @@ MOST_TENSORS = 50_000
 
 # Settings of PEFT that change what an adapter computes and that are not read here: anything but these values is refused.
 NOT_READ: Mapping[str, tuple] = {
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),  # the others change the base's weights
     "bias": ("none",),
     "lora_bias": (False,),
     "modules_to_save": (None, []),
@@ -44,12 +47,45 @@ NOT_READ: Mapping[str, tuple] = {
 }
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+
+
+def _is_rank(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_pattern(text: str) -> bool:
+    try:
+        re.compile(text)
+    except re.error:
+        return False
+    return True
+
+
+# What a value of adapter_config.json must be, where it would otherwise fail far from here, or compute nonsense.
+FITS = {
+    "r": _is_rank,
+    "lora_alpha": _is_number,
+    "lora_dropout": lambda value: value is None or _is_number(value),
+    "target_modules": lambda value: (
+        value is None or isinstance(value, str) or (isinstance(value, list) and all(isinstance(v, str) for v in value))
+    ),
+    "rank_pattern": lambda value: (
+        value is None or (isinstance(value, dict) and all(_is_pattern(k) and _is_rank(v) for k, v in value.items()))
+    ),
+    "alpha_pattern": lambda value: (
+        value is None or (isinstance(value, dict) and all(_is_pattern(k) and _is_number(v) for k, v in value.items()))
+    ),
+}
+
+
 def save_adapter(adapter: Adapter, folder: Path, *, transposed: bool = False) -> None:
     """Write the two files. `transposed` tells PEFT that the base's weights are [in, out] (GPT-2's Conv1D)."""
     folder.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt"} | ({FINGERPRINT: adapter.base.to_json()} if adapter.base else {})
     # `save` and a plain write, because `save_file` makes files that only their owner may read
-    (folder / WEIGHTS).write_bytes(save(to_tensors(adapter), metadata))
+    (folder / WEIGHTS).write_bytes(_in_order(save(to_tensors(adapter), metadata)))
     (folder / CONFIG).write_text(json.dumps(to_peft(adapter.config, transposed), indent=2) + "\n")
 
 
@@ -68,8 +104,16 @@ def load_adapter(folder: Path) -> Adapter:
     except (SafetensorError, OSError) as error:
         raise ModelError(Problem(f"it is damaged: {error}", where=str(file), fix="copy or train it again")) from error
     layers = _layers(tensors, config, where=file)
-    fingerprint = read_metadata(file).get(FINGERPRINT)
-    return Adapter(config, layers, Fingerprint.from_json(fingerprint) if fingerprint else None)
+    return Adapter(config, layers, _fingerprint(file))
+
+
+def _same_bytes(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file that is equal for equal content: the library writes its metadata in random order."""
+    plain = save(tensors)
+    size = int.from_bytes(plain[:8], "little")
+    header = json.dumps({"__metadata__": metadata} | json.loads(plain[8 : 8 + size]), separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + plain[8 + size :]
 
 
 def to_tensors(adapter: Adapter) -> dict[str, Tensor]:
@@ -124,6 +168,15 @@ def from_peft(found: Mapping, where: Path) -> LoRAConfig:
         for key, plain in NOT_READ.items()
         if key in found and found[key] not in plain
     ]
+    problems += [
+        Problem(
+            f"`{key}: {found[key]!r}` is no value that it can have",
+            where=str(where),
+            fix="copy or train the adapter again",
+        )
+        for key, fits in FITS.items()
+        if key in found and not fits(found[key])
+    ]
     if problems:
         raise ModelError(*problems)
     targets = found.get("target_modules") or ()
@@ -140,6 +193,25 @@ def from_peft(found: Mapping, where: Path) -> LoRAConfig:
         revision=found.get("revision"),
         task_type=found.get("task_type"),
     )
+
+
+def _in_order(content: bytes) -> bytes:
+    """safetensors writes its metadata in random order: put in order, equal adapters are equal bytes."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    text = json.dumps(header | {"__metadata__": dict(sorted(header["__metadata__"].items()))}, separators=(",", ":"))
+    text += " " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text.encode() + content[end:]
+
+
+def _fingerprint(file: Path) -> Fingerprint | None:
+    text = read_metadata(file).get(FINGERPRINT)
+    try:
+        return Fingerprint.from_json(text) if text else None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(
+            Problem("the fingerprint of its base can't be read", where=str(file), fix="copy or train it again")
+        ) from error
 
 
 def _layers(tensors: Mapping[str, Tensor], config: LoRAConfig, where: Path) -> dict[str, Factors]:
@@ -176,7 +248,15 @@ def _checked_factors(path: str, found: Mapping[str, Tensor], config: LoRAConfig,
                 fix="copy or train the adapter again: a part of it is not there",
             )
         )
-    A, B = found["lora_A"], found["lora_B"]
+    if surplus := sorted(set(found) - needed):
+        raise ModelError(
+            Problem(
+                f"{path} has a {surplus[0]}, and {CONFIG} does not say `use_dora: true`",
+                where=str(where),
+                fix="use the config and the weights of one and the same adapter",
+            )
+        )
+    A, B, magnitude = found["lora_A"], found["lora_B"], found.get("lora_magnitude_vector")
     if A.ndim != 2 or B.ndim != 2 or A.shape[0] != config.r or B.shape[1] != config.r:
         raise ModelError(
             Problem(
@@ -185,7 +265,15 @@ def _checked_factors(path: str, found: Mapping[str, Tensor], config: LoRAConfig,
                 fix="use the config and the weights of one and the same adapter",
             )
         )
-    return Factors(A, B, found.get("lora_magnitude_vector"))
+    if magnitude is not None and magnitude.shape != B.shape[:1]:
+        raise ModelError(
+            Problem(
+                f"{path} has a magnitude {tuple(magnitude.shape)} beside a lora_B {tuple(B.shape)}",
+                where=str(where),
+                fix="copy or train the adapter again",
+            )
+        )
+    return Factors(A, B, magnitude)
 
 
 def _read_config(folder: Path) -> dict:

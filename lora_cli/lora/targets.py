@@ -84,9 +84,15 @@ def layer_index(path: str) -> int | None:
     return next((int(part) for part in path.split(".") if part.isdigit()), None)
 
 
-def fused_letters(letters: str, chosen: Iterable[str]) -> dict[str, str]:
-    """Fused modules that `letters` reach only in part, by name: {"c_attn": "qkv"} for `qv` on GPT-2."""
-    return {path.rsplit(".", 1)[-1]: role(path) for path in chosen if not set(role(path)) <= set(letters)}
+def fused_notices(targets: str | Sequence[str], chosen: Iterable[str]) -> list[str]:
+    """A sentence for each kind of fused module that letters name in part: an adapter changes the whole of it, as in PEFT."""
+    if not is_letters(targets):
+        return []
+    fused = {path.rsplit(".", 1)[-1]: role(path) for path in chosen if not set(role(path)) <= set(targets)}
+    return [
+        f"`{name}` holds {' '.join(letters)} in one weight: `{targets}` adapts the whole of it"
+        for name, letters in fused.items()
+    ]
 
 
 def shortest_suffixes(chosen: Collection[str], every_module: Collection[str]) -> tuple[str, ...]:

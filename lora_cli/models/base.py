@@ -13,8 +13,8 @@ from lora_cli.errors import ModelError, Problem, SafetyError
 log = logging.getLogger(__name__)
 
 HUB_PAGE = "https://huggingface.co/{name}"
-# Weights as safetensors only, and what a tokenizer and a config need.
-HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt", "merges.txt"]
+# Weights as safetensors only, what a config and a tokenizer need, and the licence that a merged model takes along.
+HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ def resolve_base(name: str, revision: str | None = None) -> Base:
     elif path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise ModelError(_no_such_base(name))
     else:
-        base = _from_hub(name, revision)
+        folder = hub_folder(name, revision, HUB_FILES)
+        base = Base(name, folder, revision=folder.name)
     _check_config(base)
     return base
 
@@ -110,52 +111,37 @@ def _converted(path: Path) -> Path:
     return converted_folder(path)
 
 
-def _from_hub(name: str, revision: str | None) -> Base:
+def hub_folder(name: str, revision: str | None, files: list[str]) -> Path:
+    """The snapshot of a hub id in the hub's cache, with `files` (patterns) downloaded where they are missing.
+
+    Raises ModelError for a gated, private or missing model, for no such revision, and where the hub can't be reached.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
-        LocalEntryNotFoundError,
+        HFValidationError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
     page = HUB_PAGE.format(name=name)
     try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=files))
     except GatedRepoError as error:
-        raise ModelError(
-            Problem(
-                f"{name} is gated, and no token with access to it was given",
-                where=page,
-                fix=f"accept its licence at {page}, then run `hf auth login` or set HF_TOKEN",
-            )
-        ) from error
+        what = f"{name} is gated, and no token with access to it was given"
+        fix = f"accept its licence at {page}, then run `hf auth login` or set HF_TOKEN"
+        raise ModelError(Problem(what, where=page, fix=fix)) from error
     except RevisionNotFoundError as error:
-        raise ModelError(
-            Problem(
-                f"{name} has no revision {revision!r}",
-                where=page,
-                fix="give a branch, tag or commit of it as `model.revision`",
-            )
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise ModelError(
-            Problem(
-                f"no model {name} on the hub, or it is private",
-                where=page,
-                fix="check the spelling; for a private model run `hf auth login` or set HF_TOKEN",
-            )
-        ) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise ModelError(
-            Problem(
-                f"{name} is neither a folder here nor in the hub's cache, and the hub can't be reached",
-                where=page,
-                fix=f"give a folder as `model.base`, or connect and download it once (a gated model asks for its licence at {page})",
-            )
-        ) from error
-    return Base(name, folder, folder.name)
+        fix = "give a branch, tag or commit of it as `model.revision`"
+        raise ModelError(Problem(f"{name} has no revision {revision!r}", where=page, fix=fix)) from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        fix = "check the spelling; for a private model run `hf auth login` or set HF_TOKEN"
+        raise ModelError(Problem(f"the hub has no model {name}, or it is private", where=page, fix=fix)) from error
+    except (HfHubHTTPError, OSError) as error:  # OSError: no network, and nothing in the cache
+        what = f"{name} is neither a folder here nor in the hub's cache, and the hub can't be reached"
+        fix = f"give a folder, or connect and download it once (a gated model asks for its licence at {page})"
+        raise ModelError(Problem(what, where=page, fix=fix)) from error
 
 
 def _no_such_base(name: str) -> Problem:

@@ -1,4 +1,4 @@
-"""A run folder: what lies in it, who may write to it, and how it comes into being (contract, part 4)."""
+"""A run folder: what lies in it, who may write to it, and how it comes into being."""
 
 import fcntl
 import json
@@ -37,9 +37,12 @@ class RunFolder:
         return self.path / "run.lock"
 
     def check_free(self, *, resume: bool, overwrite: bool) -> None:
-        """Raise StorageError where a new run would meet an old one, or where there is no run to resume."""
+        """Raise StorageError where a run would meet another one, old or under way, or where there is none to resume."""
         if self.path.exists() and not self.path.is_dir():
             raise StorageError(Problem("the output is a file", where=str(self.path), fix="give a folder with `--out`"))
+        if self.lock.exists():
+            with self.locked():
+                pass
         if self._is_empty() or overwrite:
             return
         if not resume:

@@ -49,6 +49,7 @@ class Run:
     settings: Settings
     dtype: torch.dtype
     accelerator: Accelerator
+    frozen: str  # digest of the frozen parameters, to prove that training left them alone
 
     @property
     def recipe(self) -> Recipe:

@@ -5,9 +5,10 @@ execute   those parts -> the loop's events, checkpoints on the way            `f
 finish    -> PEFT's two files, tokenizer, run.json, read back and checked
 """
 
+import logging
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,18 +18,16 @@ from torch import nn
 
 from lora_cli.budget.params import Budget, budget_of
 from lora_cli.budget.shapes import Linear
-from lora_cli.data.pipeline import DataReport, Plan, load_examples, plan, split, steps
-from lora_cli.data.types import Example
+from lora_cli.data.pipeline import load_examples, plan, split, steps
 from lora_cli.errors import ModelError, Problem, RecipeError
 from lora_cli.evaluate.loss import held_out_loss
 from lora_cli.infer.generate import answer
 from lora_cli.lora.adapter import Adapter
-from lora_cli.lora.base_files import Fingerprint, fingerprint
-from lora_cli.lora.config import LoRAConfig
+from lora_cli.lora.base_files import fingerprint
 from lora_cli.lora.init import INITS
-from lora_cli.lora.inject import inject, linears, lora_layers
+from lora_cli.lora.inject import frozen_digest, inject, linears
 from lora_cli.lora.peft_format import load_adapter, save_adapter
-from lora_cli.lora.targets import choose_targets, shortest_suffixes
+from lora_cli.lora.targets import choose_targets, fused_notices, shortest_suffixes
 from lora_cli.lora.weights import storage_of
 from lora_cli.models.base import Base, resolve_base
 from lora_cli.models.load import (
@@ -47,8 +46,8 @@ from lora_cli.runs.parts import Rows, Run
 from lora_cli.runs.record import record
 from lora_cli.runs.resume import comparable, continued
 from lora_cli.train import auto
-from lora_cli.train.checkpoint import newest_checkpoint, restore, save_checkpoint
-from lora_cli.train.events import Event, Finished, Started
+from lora_cli.train.checkpoint import save_checkpoint
+from lora_cli.train.events import Event, Started
 from lora_cli.train.loop import Actions, Progress, Settings, train
 from lora_cli.train.optim import make_optimizer, make_schedule
 from lora_cli.train.parallel import local_rank, make_accelerator
@@ -56,7 +55,17 @@ from lora_cli.train.sinks import open_sinks
 from lora_cli.train.task import Task
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
+
+
+log = logging.getLogger(__name__)
+
+# What `finish` has checked, or it would not have returned.
+PROOFS = [
+    "every value finite, some lora_B not zero",
+    "frozen base unchanged",
+    "adapter read back equal to what was trained",
+]
 
 
 def prepare(loaded: LoadedRecipe, folder: RunFolder) -> Run:
@@ -80,6 +89,8 @@ def prepare(loaded: LoadedRecipe, folder: RunFolder) -> Run:
         base, dtype=dtype, quantize=recipe.model.quantize, attention=recipe.model.attention, device=device
     )
     paths = target_paths(recipe, model)
+    for notice in fused_notices(recipe.lora.targets, paths):
+        log.info(notice)
     adapted = {path: model.get_submodule(path) for path in paths}
     budget = _budget(recipe, model, adapted, base)
     config = recipe.lora.config(
@@ -103,6 +114,7 @@ def prepare(loaded: LoadedRecipe, folder: RunFolder) -> Run:
         settings=_settings(recipe, rows, tokenizer.pad_token_id, accelerator, device),
         dtype=dtype,
         accelerator=accelerator,
+        frozen=frozen_digest(model),
     )
 
 
@@ -127,25 +139,34 @@ def execute(run: Run, *, resume: bool = False) -> Iterator[Event]:
 
 
 def finish(run: Run) -> Adapter:
-    """Save the adapter and read it back; raises for an adapter that does nothing or differs from what was trained."""
+    """Save the adapter and read it back.
+
+    Raises for an adapter that does nothing or is not finite, for a base that has changed, and for a file that differs
+    from what was trained.
+    """
     adapter = Adapter.of(run.model, run.config, run.fingerprint)
     adapter.check_alive()
+    if frozen_digest(run.model) != run.frozen:
+        raise RuntimeError("the frozen base has changed during training")
     save_adapter(adapter, run.folder.path, transposed=run.transposed)
     run.tokenizer.save_pretrained(run.folder.path)
     _check_same(adapter, load_adapter(run.folder.path), run.folder.path)
+    write_json(run.folder.record, record(run) | {"proofs": PROOFS})
     return adapter
 
 
 def load_rows(loaded: LoadedRecipe, tokenizer: "PreTrainedTokenizerBase") -> Rows:
     """Training and held-out examples of a recipe: `data.eval` is a share of the training rows, or a source of its own."""
     data = loaded.recipe.data
-    load = dict(folder=loaded.path.parent, format=data.format, tokenizer=tokenizer, max_length=data.max_length)
-    examples, report = load_examples(data.train, **load)
+    load = partial(
+        load_examples, folder=loaded.path.parent, format=data.format, tokenizer=tokenizer, max_length=data.max_length
+    )
+    examples, report = load(data.train)
     if data.eval is None:
         return Rows(examples, [], report, None)
     if (share := share_of(data.eval)) is not None:
         return Rows(*split(examples, share, loaded.recipe.training.seed), report, None)
-    held_out, held_out_report = load_examples(data.eval, **load)
+    held_out, held_out_report = load(data.eval)
     return Rows(examples, held_out, report, held_out_report)
 
 

@@ -1,7 +1,7 @@
 """What happens in a run, as values. The loop yields them; console, events.jsonl and trackers consume them."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 
 
 @dataclass(frozen=True)
@@ -72,4 +72,3 @@ class Finished(Event):
     reason: str
     seconds: float
     peak_bytes: int
-    proofs: Mapping[str, object] = field(default_factory=dict)

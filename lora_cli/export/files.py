@@ -1,0 +1,278 @@
+"""A copy of a model folder in which some weights are replaced, written one tensor at a time.
+
+Memory holds one tensor, whatever the size of a shard: a safetensors file's header is known before its data
+(8 bytes of length, JSON, then the bytes), so the data can be streamed. Unchanged tensors are copied byte for byte.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lora_cli.errors import ModelError, Problem, SafetyError
+from lora_cli.lora.base_files import INDEX, StoredTensor, read_header, read_metadata, stored_tensors, weight_files
+from lora_cli.models.base import read_config
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+COPIED_BYTES = 16 * 2**20
+CONFIG = "config.json"
+TOKENIZER_FILES = (
+    "tokenizer*.json", "tokenizer.model*", "*.tiktoken", "tekken.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "chat_template.*",
+    "additional_chat_templates/*.jinja",
+)  # fmt: skip
+OTHER_FILES = ("generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*")
+
+Edit = Callable[[Tensor, torch.dtype], Tensor]
+"""(weight [out, in] as stored, dtype to store in) -> the new weight in that dtype."""
+Progress = Callable[[int, int], None]
+"""(bytes done, bytes in all)"""
+
+
+@dataclass(frozen=True)
+class Change:
+    """What becomes of one stored tensor: `edit` makes the weight called `name`; None leaves the tensor out.
+
+    With `kept` the old weight stays too, under that name (the embedding, when a tied head gets a weight of its own).
+    """
+
+    name: str
+    edit: Edit | None
+    transposed: bool = False
+    kept: str | None = None
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """One tensor to be written: its name, and how its bytes come from the source."""
+
+    name: str
+    source: StoredTensor
+    dtype: str
+    edit: Edit | None = None
+    transposed: bool = False
+
+
+def rewrite_weights(
+    folder: Path,
+    out: Path,
+    changes: Mapping[str, Change],
+    *,
+    dtype: torch.dtype | None = None,
+    progress: Progress | None = None,
+) -> int:
+    """Write all weights of `folder` into `out`, in the same shards; returns the bytes of the tensors.
+
+    `dtype` is for all floating tensors; without it each keeps its own.
+    """
+    total = sum(tensor.end - tensor.start for tensor in stored_tensors(folder).values())
+    done, written = 0, {}
+    for file in weight_files(folder):
+        pieces = [
+            piece for name, tensor in read_header(file).items() for piece in _pieces(name, tensor, changes, dtype)
+        ]
+        # Wide types first keeps every tensor aligned, as safetensors itself writes them
+        pieces.sort(key=lambda piece: -_width(piece))
+        with file.open("rb") as source, (out / file.name).open("wb") as target:
+            target.write(_header(pieces, read_metadata(file)))
+            for piece in pieces:
+                target.writelines(_bytes(piece, source))
+                done += piece.source.end - piece.source.start
+                if progress:
+                    progress(min(done, total), total)
+        _check_written(out / file.name, pieces)
+        written |= {piece.name: (file.name, _size(piece)) for piece in pieces}
+    if (folder / INDEX).is_file():
+        _write_index(folder, out, written)
+    return sum(size for _, size in written.values())
+
+
+def copy_side_files(folder: Path, out: Path, *, tokenizer: Path | None = None) -> None:
+    """Tokenizer, chat template, generation config and licence: never code, pickles or weights in other formats.
+
+    The tokenizer is all from `tokenizer` (the run folder) where that has one, else all from `folder`.
+    """
+    has_own = tokenizer is not None and (tokenizer / "tokenizer_config.json").is_file()
+    _copy(folder, out, OTHER_FILES)
+    _copy(tokenizer if has_own else folder, out, TOKENIZER_FILES)
+
+
+def write_config(folder: Path, out: Path, *, dtype: torch.dtype | None = None, tied: bool | None = None) -> None:
+    """config.json with what changed: the dtype (it would be loaded in the old one), and whether the head is tied."""
+    config = read_config(folder)
+    config.pop("auto_map", None)  # it would name code files that are not copied
+    if tied is not None:
+        config["tie_word_embeddings"] = tied
+    if dtype is not None:
+        _set_dtype(config, dtype_name(dtype))
+    (out / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def planned_bytes(folder: Path, changes: Mapping[str, Change], dtype: torch.dtype | None = None) -> int:
+    """Bytes that `rewrite_weights` will write."""
+    tensors = stored_tensors(folder).items()
+    return sum(_size(piece) for name, tensor in tensors for piece in _pieces(name, tensor, changes, dtype))
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """torch.bfloat16 -> bfloat16"""
+    return str(dtype).removeprefix("torch.")
+
+
+def read_weight(tensor: StoredTensor, *, transposed: bool = False) -> Tensor:
+    """One tensor of the files in memory, as [out, in]."""
+    with tensor.file.open("rb") as stream:
+        return _read(tensor, stream, transposed)
+
+
+def row_blocks(weight: Tensor, elements: int = 2**22) -> Iterator[slice]:
+    """Slices of rows of about `elements` numbers, so that what is computed beside a weight stays small."""
+    step = max(1, elements // max(1, weight[0].numel()))
+    return (slice(row, row + step) for row in range(0, len(weight), step))
+
+
+def _check_written(file: Path, pieces: list["_Piece"]) -> None:
+    """safetensors itself must find the file whole, with every tensor in it."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            missing = {piece.name for piece in pieces} ^ set(opened.keys())
+    except SafetensorError as error:
+        raise OSError(f"what was written can't be read back: {error}") from error
+    if missing:
+        raise OSError(f"what was written lacks {sorted(missing)[0]}")
+
+
+def _pieces(name: str, tensor: StoredTensor, changes: Mapping[str, Change], dtype: torch.dtype | None) -> list[_Piece]:
+    stored = DTYPE_NAMES[dtype] if dtype is not None and tensor.dtype in DTYPES else tensor.dtype
+    if name not in changes:
+        return [_Piece(name, tensor, stored)]
+    change = changes[name]
+    kept = [_Piece(change.kept, tensor, stored)] if change.kept else []
+    new = [_Piece(change.name, tensor, stored, change.edit, change.transposed)] if change.edit else []
+    return kept + new
+
+
+def _bytes(piece: _Piece, source: BinaryIO) -> Iterator[memoryview | bytes]:
+    if piece.edit is None and piece.dtype == piece.source.dtype:
+        return _copied(piece.source, source)
+    weight = _read(piece.source, source, piece.transposed)
+    dtype = DTYPES[piece.dtype]
+    new = weight.to(dtype) if piece.edit is None else piece.edit(weight, dtype)
+    _check_finite(piece, weight, new)
+    new = new.T if piece.transposed else new
+    return iter([memoryview(new.contiguous().view(-1).view(torch.uint8).numpy())])
+
+
+def _copied(tensor: StoredTensor, source: BinaryIO) -> Iterator[bytes]:
+    source.seek(tensor.start)
+    left = tensor.end - tensor.start
+    while left:
+        chunk = source.read(min(COPIED_BYTES, left))
+        if not chunk:
+            raise ModelError(_cut_off(tensor))
+        left -= len(chunk)
+        yield chunk
+
+
+def _read(tensor: StoredTensor, source: BinaryIO, transposed: bool) -> Tensor:
+    data = bytearray(tensor.end - tensor.start)
+    source.seek(tensor.start)
+    if source.readinto(data) != len(data):
+        raise ModelError(_cut_off(tensor))
+    dtype = DTYPES[tensor.dtype]
+    weight = torch.frombuffer(data, dtype=dtype).view(tensor.shape) if data else torch.empty(tensor.shape, dtype=dtype)
+    return weight.T if transposed else weight
+
+
+def _check_finite(piece: _Piece, old: Tensor, new: Tensor) -> None:
+    if not new.isfinite().all() and old.isfinite().all():
+        raise ModelError(
+            Problem(
+                f"{piece.name} has values that {dtype_name(new.dtype)} can't hold "
+                f"(beyond {torch.finfo(new.dtype).max:,.0f})",
+                where=str(piece.source.file),
+                fix="take `--dtype bfloat16` or `--dtype float32`",
+            )
+        )
+
+
+def _header(pieces: list[_Piece], metadata: Mapping[str, str]) -> bytes:
+    header: dict = {"__metadata__": dict(metadata) or {"format": "pt"}}
+    offset = 0
+    for piece in pieces:
+        shape = list(piece.source.shape)
+        header[piece.name] = {"dtype": piece.dtype, "shape": shape, "data_offsets": [offset, offset + _size(piece)]}
+        offset += _size(piece)
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _width(piece: _Piece) -> int:
+    """Bytes an element; 0 for empty tensors and for types narrower than a byte, which go last."""
+    return DTYPES[piece.dtype].itemsize if piece.dtype in DTYPES else _source_width(piece.source)
+
+
+def _source_width(tensor: StoredTensor) -> int:
+    return (tensor.end - tensor.start) // max(1, torch.Size(tensor.shape).numel())
+
+
+def _size(piece: _Piece) -> int:
+    """Bytes of the tensor as it is written."""
+    if piece.dtype == piece.source.dtype:
+        return piece.source.end - piece.source.start
+    return DTYPES[piece.dtype].itemsize * torch.Size(piece.source.shape).numel()
+
+
+def _write_index(folder: Path, out: Path, written: Mapping[str, tuple[str, int]]) -> None:
+    index = json.loads((folder / INDEX).read_text())
+    added = sum(size for name, (_, size) in written.items() if name not in index["weight_map"])
+    metadata = index.get("metadata") or {}
+    metadata["total_size"] = sum(size for _, size in written.values())
+    if added or len(written) < len(index["weight_map"]):
+        metadata.pop("total_parameters", None)
+    weight_map = {name: file for name, (file, _) in sorted(written.items())}
+    (out / INDEX).write_text(json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2) + "\n")
+
+
+def _set_dtype(config: dict, name: str) -> None:
+    key = "torch_dtype" if "torch_dtype" in config else "dtype"
+    config[key] = name
+    for value in config.values():
+        if isinstance(value, dict) and ("dtype" in value or "torch_dtype" in value):
+            _set_dtype(value, name)
+
+
+def _copy(folder: Path, out: Path, patterns: tuple[str, ...]) -> None:
+    for file in sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()}):
+        _refuse_link_out(file, folder)
+        target = out / file.relative_to(folder)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, target)
+
+
+def _refuse_link_out(file: Path, folder: Path) -> None:
+    """The hub's cache links from snapshots/COMMIT into blobs beside it; a link to anywhere else is refused."""
+    real, home = file.resolve(), folder.resolve()
+    cache = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+    if not real.is_relative_to(home) and not real.is_relative_to(cache):
+        raise SafetyError(
+            Problem(
+                f"{file.name} is a link that leads out of its folder, to {real}",
+                where=str(file),
+                fix="put the file itself there",
+            )
+        )
+
+
+def _cut_off(tensor: StoredTensor) -> Problem:
+    return Problem(
+        "the file ends in the middle of its data", where=str(tensor.file), fix="download it again: it is damaged"
+    )

@@ -1,0 +1,267 @@
+"""Merging: a copy of the base whose weights hold the update, W + scale · B A, computed in float32 and stored once.
+
+Storing rounds: bfloat16 keeps 8 bits of a weight, and what an update changes below the last of them is lost. How much
+that is gets measured while writing, for the dtype written and for the others it could have been.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from math import isinf, sqrt
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lora_cli import __version__
+from lora_cli.errors import ModelError, Problem
+from lora_cli.export.files import (
+    DTYPES,
+    Change,
+    Progress,
+    copy_side_files,
+    dtype_name,
+    planned_bytes,
+    rewrite_weights,
+    row_blocks,
+    write_config,
+)
+from lora_cli.export.names import Place, places
+from lora_cli.export.proof import Proof
+from lora_cli.export.staging import need_space, refuse_output, staged
+from lora_cli.lora.adapter import Adapter, Factors
+from lora_cli.lora.base_files import Fingerprint, fingerprint, stored_tensors
+from lora_cli.lora.peft_format import to_tensors
+
+log = logging.getLogger(__name__)
+
+RECORD = "merge.json"
+COMPARED = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass
+class Rounding:
+    """What one dtype loses of an update, as sums over all changed weights."""
+
+    update: float = 0.0  # ‖Δ‖²
+    error: float = 0.0  # ‖stored − (W + Δ)‖²
+    moving: int = 0  # weights with Δ ≠ 0
+    unmoved: int = 0  # those of them that are stored as if there were no update
+
+    @property
+    def lost(self) -> float:
+        """‖stored − (W + Δ)‖ / ‖Δ‖; infinite when a weight is too large for the dtype."""
+        return sqrt(self.error / self.update) if self.update else 0.0
+
+    @property
+    def unmoved_share(self) -> float:
+        return self.unmoved / self.moving if self.moving else 0.0
+
+    def add(self, W: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
+        update = exact - W.float()
+        stored = exact.to(dtype)
+        moving = update != 0
+        self.update += _squared_norm(update)
+        self.error += _squared_norm(stored.float() - exact)
+        self.moving += int(moving.sum())
+        self.unmoved += int((moving & (stored == W.to(dtype))).sum())
+
+
+@dataclass
+class Tally:
+    """Rounding by dtype, and as written (tensors of one base may be stored in several dtypes)."""
+
+    written: Rounding = field(default_factory=Rounding)
+    by_dtype: dict[torch.dtype, Rounding] = field(default_factory=lambda: {dtype: Rounding() for dtype in COMPARED})
+
+    def add(self, W: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
+        self.written.add(W, exact, dtype)
+        for compared, rounding in self.by_dtype.items():
+            rounding.add(W, exact, compared)
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """`lost` is as written, `lost_by_dtype` what each dtype would lose: shares of ‖Δ‖."""
+
+    out: Path
+    base: str
+    adapter_sha256: str
+    tensors: int
+    bytes: int
+    dtypes: tuple[str, ...]
+    lost: float
+    unmoved_share: float
+    lost_by_dtype: Mapping[str, float]
+    base_checked: bool
+    base_differences: tuple[str, ...]
+    untied: tuple[str, ...]
+    proof: Proof | None
+
+    def as_dict(self) -> dict:
+        """For JSON, which knows no infinity: a dtype that can't hold the weights has null."""
+        finite = {name: None if isinf(lost) else lost for name, lost in self.lost_by_dtype.items()}
+        return asdict(self) | {"out": str(self.out), "lost_by_dtype": finite}
+
+
+def merge(
+    base_folder: Path,
+    adapter: Adapter,
+    out: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    base_name: str | None = None,
+    tokenizer: Path | None = None,
+    prove: Callable[[Path], Proof] | None = None,
+    allow_base_mismatch: bool = False,
+    progress: Progress | None = None,
+) -> MergeReport:
+    """Write base + adapter to `out` as a model of its own; the base is only read.
+
+    `dtype` is for all floating tensors; without it each keeps its own. `tokenizer` is a folder whose tokenizer goes
+    along instead of the base's. `prove` sees the finished folder before it appears at `out`: if it raises, nothing
+    does. Raises ModelError for a wrong base and for a second merge of the same adapter, StorageError for the output.
+    """
+    adapter.check_alive()
+    refuse_output(out, base_folder)
+    refuse_second_merge(base_folder, adapter)
+    found = fingerprint(base_folder)
+    differences = _base_differences(adapter, found, base_folder, allowed=allow_base_mismatch)
+    where = places(base_folder, adapter)
+    tally = Tally()
+    changes = {place.tensor: _change(place, adapter, tally) for place in where.values()}
+    untied = tuple(place.updated for place in where.values() if place.kept)
+    tied = False if any(place.tied for place in where.values()) else None
+    with staged(out, beside=base_folder) as draft:
+        need_space(draft, planned_bytes(base_folder, changes, dtype))
+        size = rewrite_weights(base_folder, draft, changes, dtype=dtype, progress=progress)
+        write_config(base_folder, draft, dtype=dtype, tied=tied)
+        copy_side_files(base_folder, draft, tokenizer=tokenizer)
+        report = MergeReport(
+            out=out,
+            base=base_name or adapter.config.base_model_name_or_path or base_folder.name,
+            adapter_sha256=adapter_hash(adapter),
+            tensors=len(where),
+            bytes=size,
+            dtypes=_dtypes(draft, where),
+            lost=tally.written.lost,
+            unmoved_share=tally.written.unmoved_share,
+            lost_by_dtype={dtype_name(d): rounding.lost for d, rounding in tally.by_dtype.items()},
+            base_checked=adapter.base is not None,
+            base_differences=tuple(differences),
+            untied=untied,
+            proof=prove(draft) if prove else None,
+        )
+        _write_record(draft, report, found, merge_record(base_folder))
+        _write_card(draft, report)
+    if tied is False:
+        log.warning("the head was tied to the embedding; it has a weight of its own now, and the config says so")
+    return report
+
+
+def adapter_hash(adapter: Adapter) -> str:
+    """SHA-256 of what an adapter computes: its factors, and the settings that scale them."""
+    config = adapter.config
+    settings = (config.r, float(config.lora_alpha), config.use_rslora, config.use_dora)
+    patterns = (sorted(config.rank_pattern.items()), sorted(config.alpha_pattern.items()))
+    digest = hashlib.sha256(repr((settings, patterns)).encode())
+    for name, tensor in sorted(to_tensors(adapter).items()):
+        digest.update(name.encode())
+        digest.update(tensor.view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def merge_record(folder: Path) -> dict:
+    """What merge.json of a folder says; {"adapters": []} where nothing was merged."""
+    file = folder / RECORD
+    if not file.is_file():
+        return {"adapters": []}
+    try:
+        found = json.loads(file.read_text())
+        [entry["sha256"] for entry in found["adapters"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            Problem("it can't be read", where=str(file), fix="merge again, or delete it if the folder is a plain base")
+        ) from error
+    return found
+
+
+def refuse_second_merge(base_folder: Path, adapter: Adapter) -> None:
+    """Raise ModelError when the base holds this adapter already: its update would count twice."""
+    if any(entry["sha256"] == adapter_hash(adapter) for entry in merge_record(base_folder)["adapters"]):
+        raise ModelError(
+            Problem(
+                "this adapter is merged into this base already: a second merge would apply its update twice",
+                where=str(base_folder / RECORD),
+                fix="use the folder as it is, or give the unmerged base with `--base`",
+            )
+        )
+
+
+def _base_differences(adapter: Adapter, found: Fingerprint, folder: Path, *, allowed: bool) -> list[str]:
+    differences = adapter.base.differences(found) if adapter.base else []
+    if differences and not allowed:
+        listed = ", ".join(differences[:3]) + (f" and {len(differences) - 3} more" if len(differences) > 3 else "")
+        raise ModelError(
+            Problem(
+                f"this is not the base that the adapter was trained on; they differ in {listed}",
+                where=str(folder),
+                fix="give that base with `--base`, or merge all the same with `--allow-base-mismatch`",
+            )
+        )
+    return differences
+
+
+def _change(place: Place, adapter: Adapter, tally: Tally) -> Change:
+    factors, scale = adapter.layers[place.path], adapter.config.at(place.path).scale
+    edit = partial(_merged, factors=factors, scale=scale, tally=tally)
+    return Change(place.updated, edit, place.transposed, place.kept)
+
+
+def _merged(W: Tensor, dtype: torch.dtype, *, factors: Factors, scale: float, tally: Tally) -> Tensor:
+    new = torch.empty(W.shape, dtype=dtype)
+    for rows in row_blocks(W):
+        exact = rows_of(factors, rows).merge_into(W[rows], scale)
+        new[rows] = exact.to(dtype)
+        tally.add(W[rows], exact, dtype)
+    return new
+
+
+def rows_of(factors: Factors, rows: slice) -> Factors:
+    """The factors of some of a weight's rows: every row of an update stands for itself, DoRA's norm too."""
+    return Factors(factors.A, factors.B[rows], None if factors.magnitude is None else factors.magnitude[rows])
+
+
+def _squared_norm(tensor: Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
+
+
+def _dtypes(folder: Path, where: Mapping[str, Place]) -> tuple[str, ...]:
+    stored = stored_tensors(folder)
+    return tuple(sorted({dtype_name(DTYPES[stored[place.updated].dtype]) for place in where.values()}))
+
+
+def _write_record(folder: Path, report: MergeReport, base: Fingerprint, before: dict) -> None:
+    figures = {key: value for key, value in report.as_dict().items() if key not in ("out", "base", "adapter_sha256")}
+    record = {
+        "lora": __version__,
+        "base": {"name": report.base, "fingerprint": json.loads(base.to_json())},
+        "adapters": [*before["adapters"], {"sha256": report.adapter_sha256, "untied": list(report.untied)}],
+        "allow_base_mismatch": list(report.base_differences),
+        "report": figures,
+    }
+    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+
+
+def _write_card(folder: Path, report: MergeReport) -> None:
+    name = json.dumps(report.base)
+    proof = f"\nProof: {report.proof.sentence}\n" if report.proof else ""
+    (folder / "README.md").write_text(
+        f"---\nbase_model: {name}\nlibrary_name: transformers\n---\n\n"
+        f"A LoRA adapter (SHA-256 `{report.adapter_sha256[:12]}`) merged into {name}: {report.tensors} weights, "
+        f"stored as {' and '.join(report.dtypes)}, which rounds off {report.lost:.1%} of the update.\n{proof}\n"
+        f"`{RECORD}` has all figures, and the fingerprint of the base.\n"
+    )

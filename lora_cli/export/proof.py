@@ -1,0 +1,253 @@
+"""The proof that a merged model is its base with the adapter: both answer the same real rows, one after the other.
+
+    P   base + adapter, the layers as they were trained
+    R   the same model with every layer folded into its weight here, and rounded to the dtype it is stored in
+    M   the merged folder, loaded anew by transformers
+
+P to R is what storing costs, and is reported. R to M must be nothing but float32 noise: it is the whole way over the
+disk, with names, shapes, transposes, ties and config. And each fold is held against its layer on random inputs in
+float32, so that R itself is base + adapter. So a lost layer, a wrong scale or a swapped transpose fails however coarse
+the dtype; with float32 stored and computed there is no rounding, and P and M themselves must agree.
+Only one of the models is in memory at a time.
+"""
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lora_cli.errors import DataError, ModelError, OutOfMemoryError, Problem
+from lora_cli.export.files import DTYPES, dtype_name
+from lora_cli.export.names import places
+from lora_cli.lora.adapter import Adapter, Factors
+from lora_cli.lora.base_files import stored_tensors
+from lora_cli.lora.inject import disabled, generator_for, lora_layers
+from lora_cli.lora.layer import LoRALinear
+from lora_cli.lora.weights import dense, storage_of
+from lora_cli.models.base import Base
+from lora_cli.models.load import default_device, load_model
+
+NOISE = 1e-4  # of the largest logit: some hundred float32 roundings in a row
+TIES = 0.05  # of what rounding moved: sums in another order send a few weights to the other neighbour
+MOST_POSITIONS = 256  # whose logits are kept: at 256k tokens of vocabulary, 256 MiB a model
+MOST_ROWS = 16
+LARGE_COST = 0.05  # storing costs more than this share of what the adapter does: worth a word
+
+SENTENCES = (
+    "The quick brown fox jumps over the lazy dog, and nobody is surprised.",
+    "Question: what is the capital of France? Answer: Paris, on the river Seine.",
+    "In 1969 two people walked on the Moon; it took them 8 days there and back.",
+    "def mean(numbers):\n    return sum(numbers) / len(numbers)\n",
+    '{"name": "Ada", "born": 1815, "known_for": ["the first program"]}',
+    "To be, or not to be, that is the question: whether 'tis nobler in the mind to suffer.",
+    "SELECT name, COUNT(*) FROM orders GROUP BY name ORDER BY 2 DESC LIMIT 10;",
+    "She opened the letter slowly, read it twice, and put it back without a word.",
+)
+
+
+@dataclass(frozen=True)
+class Proof:
+    """P against M. KL in nats a token; `adapter_kl` is base + adapter against the base alone, for scale.
+
+    `unexplained` is R against M: the part of the difference that storing does not account for.
+    """
+
+    positions: int
+    computed_in: str
+    largest_logit_difference: float
+    largest_logit: float
+    kl: float
+    adapter_kl: float
+    same_top1: float
+    unexplained: float
+
+    @property
+    def storing_costs_much(self) -> bool:
+        return self.kl > LARGE_COST * self.adapter_kl
+
+    @property
+    def sentence(self) -> str:
+        return (
+            f"base + adapter against merged on {self.positions} tokens in {self.computed_in}: largest logit difference "
+            f"{self.largest_logit_difference:.2g}, KL {self.kl:.2g} nats a token (the adapter's own: "
+            f"{self.adapter_kl:.2g}), the same first choice at {self.same_top1:.1%}"
+        )
+
+
+def prove(
+    base: Base,
+    adapter: Adapter,
+    merged_folder: Path,
+    token_rows: list[list[int]],
+    *,
+    device: torch.device | str = "cpu",
+) -> Proof:
+    """Compare base + adapter with the merged folder. Raises ModelError when more than storing tells them apart."""
+    dtype = compute_dtype(base.folder, device)
+    model = load_model(base, dtype=dtype, device=device)
+    rows = _bounded(token_rows, vocabulary=model.get_input_embeddings().num_embeddings)
+    adapter.inject_into(model)
+    expected = _logits(model, rows)
+    with disabled(model):
+        adapter_kl = _kl(expected, _logits(model, rows))
+    stored = _stored_dtypes(merged_folder, base.folder, adapter)
+    _fold(model, adapter, stored)
+    folded = _logits(model, rows)
+    del model
+    found = _logits(load_model(Base(base.name, merged_folder), dtype=dtype, device=device), rows)
+    proof = Proof(
+        positions=len(expected),
+        computed_in=dtype_name(dtype),
+        largest_logit_difference=_largest(found - expected),
+        largest_logit=_largest(expected),
+        kl=_kl(expected, found),
+        adapter_kl=adapter_kl,
+        same_top1=float((found.argmax(-1) == expected.argmax(-1)).double().mean()),
+        unexplained=_largest(found - folded),
+    )
+    allowed = NOISE * proof.largest_logit + TIES * _largest(folded - expected)
+    if not proof.unexplained <= allowed:  # also for NaN
+        raise ModelError(_failed(proof.unexplained, allowed))
+    if stored == dtype == torch.float32 and not proof.largest_logit_difference <= NOISE * proof.largest_logit:
+        raise ModelError(_failed(proof.largest_logit_difference, NOISE * proof.largest_logit))
+    return proof
+
+
+def token_rows(texts: list[str], tokenizer) -> list[list[int]]:
+    """Texts as rows of token ids; those that come to nothing are left out."""
+    rows = [tokenizer(text)["input_ids"] for text in texts]
+    return [row for row in rows if row]
+
+
+def compute_dtype(folder: Path, device: torch.device | str) -> torch.dtype:
+    """float32 where it takes less than half of the free memory, else as the base is stored.
+
+    Raises OutOfMemoryError when even that has no room: ask before a long merge.
+    """
+    tensors = [tensor for tensor in stored_tensors(folder).values() if tensor.dtype in DTYPES]
+    free = free_bytes(device)
+    if free is None or 4 * sum(torch.Size(tensor.shape).numel() for tensor in tensors) < free / 2:
+        return torch.float32
+    stored = sum(tensor.end - tensor.start for tensor in tensors)
+    if stored > free:
+        raise OutOfMemoryError(
+            Problem(
+                f"the proof loads the model once: {stored / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB are free",
+                where=str(folder),
+                fix="merge on a machine with more memory",
+            )
+        )
+    sizes = {dtype: sum(t.end - t.start for t in tensors if t.dtype == dtype) for dtype in {t.dtype for t in tensors}}
+    return DTYPES[max(sizes, key=sizes.__getitem__)]
+
+
+def proof_device(folder: Path) -> torch.device:
+    """The accelerator where the model fits into what is free there, else the CPU."""
+    try:
+        compute_dtype(folder, default_device())
+    except OutOfMemoryError:
+        return torch.device("cpu")
+    return default_device()
+
+
+def free_bytes(device: torch.device | str) -> int | None:
+    """Memory that is free on a device; None where the system does not tell."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.is_file():
+        return None
+    lines = (line.split() for line in meminfo.read_text().splitlines())
+    return next((int(line[1]) * 1024 for line in lines if line[0] == "MemAvailable:"), None)
+
+
+def _bounded(rows: list[list[int]], vocabulary: int) -> list[list[int]]:
+    rows = [row for row in rows if row][:MOST_ROWS]
+    if not rows:
+        raise DataError(Problem("the proof has no row with any token", fix="give rows with text with `--data`"))
+    rows = [row[: MOST_POSITIONS // len(rows)] for row in rows]
+    if (largest := max(map(max, rows))) >= vocabulary:
+        raise ModelError(
+            Problem(
+                f"the tokenizer has an id {largest}, and the base has {vocabulary} embeddings",
+                fix="use the tokenizer that belongs to the base",
+            )
+        )
+    return rows
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, rows: list[list[int]]) -> Tensor:
+    """[positions, vocabulary] float32 on the CPU. A row a forward: no padding, and no mask to go wrong."""
+    device = model.get_input_embeddings().weight.device
+    found = [model(input_ids=torch.tensor([row], device=device), use_cache=False).logits[0] for row in rows]
+    return torch.cat([logits.float().cpu() for logits in found])
+
+
+def _kl(expected: Tensor, found: Tensor) -> float:
+    """Mean KL(expected ‖ found) in nats a token, summed in float64."""
+    total = 0.0
+    for p, q in zip(expected.split(16), found.split(16), strict=True):
+        p, q = p.double().log_softmax(-1), q.double().log_softmax(-1)
+        total += float((p.exp() * (p - q)).sum())
+    return max(0.0, total / len(expected))
+
+
+def _largest(difference: Tensor) -> float:
+    return float(difference.abs().max())
+
+
+def _stored_dtypes(merged: Path, base: Path, adapter: Adapter) -> dict[str, torch.dtype] | torch.dtype:
+    """The one float dtype of the merged files; where they have several, that of each changed module."""
+    dtypes = {tensor.dtype for tensor in stored_tensors(merged).values() if tensor.dtype in DTYPES}
+    if len(dtypes) == 1:
+        return DTYPES[dtypes.pop()]
+    stored = stored_tensors(base)
+    return {path: DTYPES[stored[place.tensor].dtype] for path, place in places(base, adapter).items()}
+
+
+@torch.no_grad()
+def _fold(model: nn.Module, adapter: Adapter, stored: dict[str, torch.dtype] | torch.dtype) -> None:
+    """Replace each LoRA layer by its base with the merged weight, rounded as it is stored. In place."""
+    for path, layer in lora_layers(model).items():
+        weight = _on(layer.lora_A.device, adapter.layers[path]).merge_into(dense(layer.base), layer.scale)
+        _check_same(path, layer, weight)
+        transposed = storage_of(layer.base).transposed
+        rounded = weight.to(stored[path] if isinstance(stored, dict) else stored).to(layer.base.weight.dtype)
+        # A new parameter: the old one may be tied to the embedding
+        layer.base.weight = nn.Parameter((rounded.T if transposed else rounded).contiguous(), requires_grad=False)
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, layer.base)
+    if not isinstance(stored, dict):
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(stored))
+
+
+def _on(device: torch.device, factors: Factors) -> Factors:
+    magnitude = None if factors.magnitude is None else factors.magnitude.to(device)
+    return Factors(factors.A.to(device), factors.B.to(device), magnitude)
+
+
+def _check_same(path: str, layer: LoRALinear, weight: Tensor) -> None:
+    """The weight must act on random inputs as the layer does, in float32."""
+    x = torch.randn(4, weight.shape[1], generator=generator_for(0, path)).to(weight.device)
+    expected = copy.deepcopy(layer).float()(x)
+    found = F.linear(x, weight, None if layer.bias is None else layer.bias.float())
+    if not _largest(found - expected) <= NOISE * _largest(expected):
+        raise ModelError(
+            Problem(
+                f"the merged weight of {path} does not act as the layer: off by {_largest(found - expected):.2g}",
+                fix="use base and adapter side by side, and report this; nothing was written",
+            )
+        )
+
+
+def _failed(difference: float, allowed: float) -> Problem:
+    return Problem(
+        f"the merged model does not answer as base + adapter: logits differ by {difference:.2g} beyond what storing "
+        f"the weights explains, and {allowed:.2g} is allowed",
+        fix="use base and adapter side by side, and report this; nothing was written",
+    )

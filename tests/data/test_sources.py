@@ -1,0 +1,252 @@
+import json
+
+import pytest
+
+from lora_cli.data.sources import is_path, quote, rows
+from lora_cli.data.types import RowId
+from lora_cli.errors import DataError, Problem
+
+TURNS = {"messages": [{"role": "user", "content": "é 猫\n"}, {"role": "assistant", "content": "the cat"}]}
+WANTED = [{"prompt": 'one, "two"\nthree', "completion": "é 猫"}, {"prompt": "four", "completion": " "}]
+
+
+def read(folder, source="train.jsonl"):
+    return list(rows(source, folder=folder))
+
+
+def problems(folder, source="train.jsonl"):
+    """What cannot be read, whether it comes as a row or ends the reading."""
+    try:
+        return [columns for _, columns in read(folder, source) if isinstance(columns, Problem)]
+    except DataError as error:
+        return list(error.problems)
+
+
+def write_jsonl(path):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in WANTED))
+
+
+def write_json(path):
+    path.write_text(json.dumps(WANTED))
+
+
+def write_json_object(path):
+    path.write_text(json.dumps({"version": "1", "rows": WANTED}, indent=1))
+
+
+def write_csv(path):
+    path.write_text('prompt,completion\n"one, ""two""\nthree",é 猫\nfour, \n')
+
+
+def write_tsv(path):
+    path.write_text('prompt\tcompletion\n"one, ""two""\nthree"\té 猫\nfour\t \n')
+
+
+def write_parquet(path):
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.Table.from_pylist(WANTED), path)
+
+
+FILES = {
+    "a.jsonl": write_jsonl,
+    "a.ndjson": write_jsonl,
+    "a.json": write_json,
+    "b.json": write_json_object,
+    "a.csv": write_csv,
+    "a.tsv": write_tsv,
+    "a.parquet": write_parquet,
+}
+
+
+@pytest.mark.parametrize(("name", "write"), FILES.items(), ids=FILES)
+def test_every_form_of_file_gives_the_same_rows(tmp_path, name, write):
+    write(tmp_path / name)
+
+    assert [columns for _, columns in read(tmp_path, name)] == WANTED
+
+
+def test_a_text_file_is_a_document_a_line(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"the cat\r\n\r\n  sat\n")
+
+    assert read(tmp_path, "a.txt") == [(RowId("a.txt", 1), {"text": "the cat"}), (RowId("a.txt", 3), {"text": "  sat"})]
+
+
+def test_a_byte_order_mark_windows_line_ends_and_blank_lines_change_nothing(tmp_path):
+    (tmp_path / "train.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n\r\n{"text": "b"}\r\n{"text": "c"}')
+
+    assert read(tmp_path) == [(RowId("train.jsonl", n), {"text": t}) for n, t in ((1, "a"), (3, "b"), (4, "c"))]
+
+
+def test_rows_of_a_file_that_has_no_lines_are_named_by_their_number(tmp_path):
+    write_parquet(tmp_path / "a.parquet")
+
+    assert [str(row) for row, _ in read(tmp_path, "a.parquet")] == ["a.parquet row 1", "a.parquet row 2"]
+
+
+def test_a_csv_record_is_named_by_its_first_line(tmp_path):
+    write_csv(tmp_path / "a.csv")
+
+    assert [str(row) for row, _ in read(tmp_path, "a.csv")] == ["a.csv:2", "a.csv:4"]
+
+
+@pytest.mark.parametrize(("line", "count"), [(1, 3), (50_001, 60_000), (60_000, 60_000)])
+def test_a_malformed_line_is_named_by_its_line_and_its_character(tmp_path, line, count):
+    lines = ['{"text": "é 猫"}\n'] * count
+    lines[line - 1] = '{"text": "é 猫" "b"}\n'
+    (tmp_path / "train.jsonl").write_text("".join(lines))
+
+    assert problems(tmp_path) == [
+        Problem("not JSON: Expecting ',' delimiter", where=f"train.jsonl:{line}:16", line='{"text": "é 猫" "b"}')
+    ]
+
+
+def test_a_byte_that_is_not_utf8_is_named_by_its_character(tmp_path):
+    (tmp_path / "train.jsonl").write_bytes('{"text": "a"}\n{"text": "é 猫'.encode() + b'\xff"}\n')
+
+    assert problems(tmp_path) == [
+        Problem(
+            "byte 0xff is not UTF-8", where="train.jsonl:2:14", line='{"text": "é 猫�"}', fix="save the file as UTF-8"
+        )
+    ]
+
+
+REFUSED_LINES = {
+    '{"text": NaN}': "not JSON: NaN is not a JSON number",
+    '{"text": "a", "text": "b"}': "not JSON: key `text` stands twice",
+    '{"text": "\\ud83d"}': "not JSON: half of a surrogate pair (a `\\ud800` … `\\udfff` that stands alone)",
+    "[" * 100_000: "not JSON: nested too deeply",
+    '["a"]': "a row is an object, not a list",
+    "null": "a row is an object, not null",
+    "3": "a row is an object, not a number",
+}
+
+
+@pytest.mark.parametrize(("line", "what"), REFUSED_LINES.items(), ids=REFUSED_LINES.values())
+def test_a_line_that_only_some_readers_take_is_refused(tmp_path, line, what):
+    (tmp_path / "train.jsonl").write_text(f'{{"text": "a"}}\n{line}\n')
+
+    assert problems(tmp_path) == [Problem(what, where="train.jsonl:2", line=quote(line))]
+
+
+def test_whole_surrogate_pairs_are_characters(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"text": "\\ud83d\\ude00"}\n')
+
+    assert read(tmp_path) == [(RowId("train.jsonl", 1), {"text": "😀"})]
+
+
+def test_all_malformed_lines_are_found(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{\n{"text": "a"}\n{"text": \n')
+
+    assert [problem.where for problem in problems(tmp_path)] == ["train.jsonl:1:2", "train.jsonl:3:10"]
+
+
+BROKEN_FILES = {
+    "a.json": ('[\n{"a": 1},\n{"é": }\n]', "not JSON: Expecting value", "a.json:3:7"),
+    "b.json": ('{"a": 1}\n{"a": 2}', "not JSON: Extra data", "b.json:2:1"),
+    "c.json": ("", "not JSON: Expecting value", "c.json:1:1"),
+    "d.json": ('["a"]', "a row is an object, not text", "d.json row 1"),
+    "a.csv": ("a,b\n1,2\n3\n", "1 cells where the first line names 2 columns", "a.csv:3"),
+    "b.csv": ("a,a\n1,2\n", "the first line must name every column, each once", "b.csv:1"),
+    "c.csv": ('a,b\n1,"2"3\n', "not CSV: ',' expected after '\"'", "c.csv:2"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_FILES)
+def test_a_broken_file_is_named_by_its_place(tmp_path, name):
+    text, what, where = BROKEN_FILES[name]
+    (tmp_path / name).write_text(text)
+
+    [problem] = problems(tmp_path, name)
+
+    assert (problem.what, problem.where) == (what, where)
+
+
+def test_a_broken_parquet_file_is_a_data_error(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+
+    [problem] = problems(tmp_path, "a.parquet")
+
+    assert problem.what.startswith("not Parquet: ")
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_a_json_object_must_hold_one_list(tmp_path, count):
+    (tmp_path / "a.json").write_text(json.dumps({str(i): [{"text": "a"}] for i in range(count)}))
+
+    [problem] = problems(tmp_path, "a.json")
+
+    assert problem.what == ("`a.json` holds 2 lists" if count else "`a.json` holds no list of rows")
+
+
+def test_a_missing_file_names_the_nearest_one(tmp_path):
+    write_jsonl(tmp_path / "train.jsonl")
+
+    assert problems(tmp_path, "trian.jsonl") == [
+        Problem(
+            "data file `trian.jsonl` does not exist", where=str(tmp_path / "trian.jsonl"), fix="`train.jsonl` is there"
+        )
+    ]
+
+
+def test_a_folder_names_the_data_files_in_it(tmp_path):
+    (tmp_path / "data").mkdir()
+    write_jsonl(tmp_path / "data/train.jsonl")
+    (tmp_path / "data/README.md").touch()
+
+    assert problems(tmp_path, "data/") == [
+        Problem(
+            "`data/` is a folder, not a data file", where=str(tmp_path / "data"), fix="name a file: `data/train.jsonl`"
+        )
+    ]
+
+
+def test_a_file_of_another_form_names_the_forms(tmp_path):
+    (tmp_path / "a.xlsx").touch()
+
+    [problem] = problems(tmp_path, "a.xlsx")
+
+    assert problem.fix == "use a file that ends in one of .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .txt"
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("tatsu-lab/alpaca", False),
+        ("squad", False),
+        ("there/rows", True),
+        ("train.jsonl", True),
+        ("org/train.csv", True),
+        ("./squad", True),
+        ("/squad", True),
+        ("../squad", True),
+        ("a/b/c", True),
+    ],
+)
+def test_a_source_is_a_path_if_it_looks_like_one_or_is_there(tmp_path, source, expected):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there/rows").touch()
+
+    assert is_path(source, tmp_path) == expected
+
+
+def test_a_hub_id_without_a_network_says_what_to_do(tmp_path):
+    [problem] = problems(tmp_path, "nobody/nothing")
+
+    assert problem.what.startswith("dataset `nobody/nothing` cannot be had from the hub: ")
+    assert problem.fix == (
+        "check the name and the network; `hf auth login` for a gated or private one; or name a local file"
+    )
+
+
+def test_a_quoted_line_is_short_and_inert():
+    line = "a" * 500 + "\x1b[2J\u202e" + "b" * 500
+
+    quoted = quote(line, 501)
+
+    assert "a\\x1b[2J\\u202eb" in quoted
+    assert quoted.startswith("…a")
+    assert quoted.endswith("b…")
+    assert len(quoted) < 100
+    assert quote("short é") == "short é"
