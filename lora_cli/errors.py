@@ -3,6 +3,8 @@
 Standard library only: every floor raises these, and `cli/console.py` prints them.
 """
 
+import errno
+import sys
 from dataclasses import dataclass
 
 
@@ -24,6 +26,11 @@ class Problem:
         if self.fix:
             parts.append(f"  fix: {self.fix}")
         return "\n".join(parts)
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's exception says, in one line; its type where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 class UserError(Exception):
@@ -82,3 +89,17 @@ class SafetyError(UserError):
     """Refused for safety: pickles, foreign code, paths that lead out of a folder."""
 
     code = 9
+
+
+# How plain RuntimeErrors of torch's allocators and of cuBLAS say it
+NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether device or host memory ran out, in any of the ways that Python, torch and the system say it."""
+    torch = sys.modules.get("torch")  # where it is not imported, the error is not its own
+    if isinstance(error, MemoryError) or (torch and isinstance(error, torch.OutOfMemoryError)):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in NO_MEMORY)

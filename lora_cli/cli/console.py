@@ -34,6 +34,11 @@ def note(text: str, style: str = "") -> None:
     err.print(Text(text, style=style), soft_wrap=True)
 
 
+def animated() -> bool:
+    """Whether stderr may move: a terminal that can, of someone who has not set NO_COLOR."""
+    return err.is_interactive and not err.no_color
+
+
 def show_json(document: Mapping) -> None:
     """One JSON document on stdout, and nothing else there."""
     sys.stdout.write(json.dumps(document, indent=2, default=str) + "\n")

@@ -1,4 +1,4 @@
-"""`lora train --dry-run`: the resolved recipe with origins, the parameter budget, the planned steps. No weights, no torch."""
+"""`lora train --dry-run`: the resolved recipe with origins, the parameter budget, the planned steps. No weights."""
 
 from lora_cli.recipe.reader import LoadedRecipe
 

@@ -59,7 +59,12 @@ def _compare(recipe, adapter, base, data, overrides, allow):
         adapter = Path(found.recipe.output)
     pair = load_pair(adapter, model, allow_base_mismatch=allow)
     max_length = found.recipe.data.max_length if found else None
-    rows = rows_of_file(data, pair.tokenizer, max_length=max_length) if data else rows_of_recipe(found, pair.tokenizer)
+    format = found.recipe.data.format if found else "auto"
+    rows = (
+        rows_of_file(data, pair.tokenizer, format=format, max_length=max_length)
+        if data
+        else rows_of_recipe(found, pair.tokenizer)
+    )
     return compare(pair, *rows), pair.base.name
 
 

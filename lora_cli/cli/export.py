@@ -37,7 +37,7 @@ def export(
     if to not in EXPORTERS:
         raise RecipeError(Problem(f"`--to` knows no format {to!r}", fix=f"take one of {', '.join(EXPORTERS)}"))
     order = read_order(adapter, to, base=base, out=out, dtype=dtype, data=data, allow_base_mismatch=allow_base_mismatch)
-    with weights_bar("exporting") as progress:
+    with weights_bar("exporting", then="proving") as progress:
         report = EXPORTERS[to](order, progress)
     if as_json:
         show_json(report.as_dict())

@@ -4,13 +4,23 @@ Under torchrun, `accelerate launch` or srun the process finds RANK set and is on
 """
 
 import os
+import signal
 import sys
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from lora_cli.errors import DistributedError, Problem, RecipeError
+from lora_cli.errors import DistributedError, Problem, RecipeError, first_line
 
-PROFILES = Path("configs/launch")
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+    from lora_cli.cli.profiles import Profile
+
 LAUNCH_OPTIONS = ("--processes", "--on")
+ERRORS = "LORA_ERRORS"  # names the folder where our workers leave their errors
+PR_SET_PDEATHSIG = 1
 
 
 def is_worker() -> bool:
@@ -21,57 +31,126 @@ def is_first_worker() -> bool:
     return int(os.environ.get("RANK", 0)) == 0
 
 
+def error_file() -> Path | None:
+    """Where a worker of ours writes its error: the launcher shows one of them, that of the worker that failed first."""
+    folder = os.environ.get(ERRORS)
+    return Path(folder) / os.environ["RANK"] if folder and is_worker() else None
+
+
+def end_with_launcher() -> None:
+    """Let a worker of ours get SIGTERM when its launcher dies, be it by SIGKILL; on Linux."""
+    if error_file() and sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 def run_as_workers(processes: int | None, profile: str | None) -> bool:
     """Run this command as several workers and wait for them; False where one process is enough."""
-    settings = _read_profile(profile) if profile else {}
-    here = processes or settings.get("num_processes") or _visible_gpus() or 1
-    machines = settings.get("num_machines", 1)
-    if here == 1 and machines == 1:
+    from lora_cli.cli.profiles import Profile, read_profile
+
+    settings = read_profile(profile) if profile else Profile()
+    here = processes or settings.num_processes or _visible_gpus() or 1
+    if here == 1 and settings.num_machines == 1:
         return False
     _launch(here, settings)
     return True
 
 
-def _launch(processes: int, settings: dict) -> None:
+def _launch(processes: int, settings: "Profile") -> None:
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous.api import RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    machines = settings.get("num_machines", 1)
-    address = f"{settings.get('main_process_ip', 'localhost')}:{settings.get('main_process_port', 0)}"
+    _check_gpus(processes)
     config = LaunchConfig(
-        min_nodes=machines,
-        max_nodes=machines,
+        min_nodes=settings.num_machines,
+        max_nodes=settings.num_machines,
         nproc_per_node=processes,
         run_id="lora",
         rdzv_backend="c10d",
-        rdzv_endpoint=address,
+        rdzv_endpoint=f"{settings.main_process_ip}:{settings.main_process_port}",
         max_restarts=0,
     )
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     _quiet_launcher()
-    try:
-        elastic_launch(config, sys.executable)("-m", "lora_cli", *_without_launch_options(sys.argv[1:]))
-    except ChildFailedError as error:
-        raise _worker_failed(error) from error
+    with tempfile.TemporaryDirectory(prefix="lora-", ignore_cleanup_errors=True) as errors:
+        os.environ[ERRORS] = errors
+        try:
+            elastic_launch(config, sys.executable)("-m", "lora_cli", *_without_launch_options(sys.argv[1:]))
+        except ChildFailedError as error:
+            raise _worker_failed(error.failures, Path(errors)) from error
+        except SignalException as error:
+            raise SystemExit(128 + error.sigval) from error
+        except RendezvousError as error:
+            raise _not_met(error, config.rdzv_endpoint) from error
 
 
-def _worker_failed(error) -> SystemExit | DistributedError:
-    """The first failed worker's own exit code: it has said why; a killed one could not."""
-    rank, failure = error.get_first_failure()
-    if failure.exitcode > 0:
-        return SystemExit(failure.exitcode)
+def _check_gpus(processes: int) -> None:
+    gpus = _visible_gpus()
+    if 0 < gpus < processes:
+        raise RecipeError(
+            Problem(
+                f"{processes} processes need as many GPUs, and this machine has {gpus}",
+                fix=f'use `--processes {gpus}`; CUDA_VISIBLE_DEVICES="" hides the GPUs, to train on the CPU',
+            )
+        )
+
+
+def _worker_failed(failures: "Mapping[int, ProcessFailure]", errors: Path) -> SystemExit | DistributedError:
+    """The exit code of the worker that failed first, whose error is shown; a killed one could not write one."""
+    rank, failure = _cause(failures)
+    if failure.exitcode < 0:
+        died_of = -failure.exitcode
+        return DistributedError(
+            Problem(
+                f"worker {rank} was killed by signal {died_of} ({signal.Signals(died_of).name})",
+                fix="look for out-of-memory kills; continue with `--resume`",
+            )
+        )
+    file = errors / str(rank)
+    if file.is_file():
+        from lora_cli.cli.console import note
+
+        note(file.read_text(encoding="utf-8"))
+    return SystemExit(failure.exitcode)
+
+
+SOON = 10  # seconds; the launcher waits longer than that before it kills
+
+
+def _cause(failures: "Mapping[int, ProcessFailure]") -> "tuple[int, ProcessFailure]":
+    """Who was killed, else who failed by itself, else who lost the others. Those left over the launcher stops, by SIGTERM."""
+    first = min(failure.timestamp for failure in failures.values())
+
+    def order(item: "tuple[int, ProcessFailure]") -> tuple:
+        rank, failure = item
+        code = failure.exitcode
+        killed = code < 0 and code != -signal.SIGTERM and failure.timestamp < first + SOON
+        return not killed, code < 0, code == DistributedError.code, failure.timestamp, rank
+
+    return min(failures.items(), key=order)
+
+
+def _not_met(error: Exception, endpoint: str) -> DistributedError:
     return DistributedError(
         Problem(
-            f"worker {rank} was killed by signal {-failure.exitcode}",
-            fix="look for out-of-memory kills; continue with `--resume`",
+            f"the machines did not meet: {first_line(error)}",
+            where=endpoint,
+            fix="start the same command on every machine; `main_process_ip` and `main_process_port` must be reachable from all",
         )
     )
 
 
 def _quiet_launcher() -> None:
+    """Workers say what went wrong. Every logger of torch's launcher sets a level of its own, so it is stopped above them."""
     import logging
 
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    for name in ("torch.distributed.elastic", "torch.distributed.launcher"):
+        logger = logging.getLogger(name)
+        logger.handlers = [logging.NullHandler()]
+        logger.propagate = False
 
 
 def _without_launch_options(arguments: list[str]) -> list[str]:
@@ -90,53 +169,3 @@ def _visible_gpus() -> int:
     import torch
 
     return torch.cuda.device_count()
-
-
-KNOWN = {"num_processes": int, "num_machines": int, "main_process_ip": str, "main_process_port": int}
-IGNORED = {
-    "compute_environment",
-    "machine_rank",
-    "distributed_type",
-    "mixed_precision",
-    "use_cpu",
-    "debug",
-    "main_training_function",
-    "rdzv_backend",
-    "same_network",
-    "downcast_bf16",
-    "gpu_ids",
-}
-PLAIN = {"NO", "MULTI_GPU", "MULTI_CPU"}
-
-
-def _read_profile(profile: str) -> dict:
-    """An Accelerate config file; its number of processes is over all machines, ours is per machine."""
-    import yaml
-
-    file = Path(profile) if profile.endswith((".yaml", ".yml")) else PROFILES / f"{profile}.yaml"
-    if not file.is_file():
-        there = ", ".join(sorted(path.stem for path in PROFILES.glob("*.yaml"))) or "none"
-        raise RecipeError(
-            Problem(f"no launch profile {profile!r}", where=str(file), fix=f"profiles here: {there}; or give a file")
-        )
-    found = yaml.safe_load(file.read_text()) or {}
-    if unknown := sorted(set(found) - set(KNOWN) - IGNORED):
-        raise RecipeError(
-            Problem(
-                f"the launch profile has keys that are not known here: {', '.join(unknown)}",
-                where=str(file),
-                fix=f"keep {', '.join(KNOWN)}",
-            )
-        )
-    if found.get("distributed_type", "NO") not in PLAIN:
-        raise RecipeError(
-            Problem(
-                f"`distributed_type: {found['distributed_type']}` is not supported yet",
-                where=str(file),
-                fix="use MULTI_GPU (data parallel) or NO",
-            )
-        )
-    settings = {key: kind(found[key]) for key, kind in KNOWN.items() if found.get(key) is not None}
-    if "num_processes" in settings:
-        settings["num_processes"] = max(1, settings["num_processes"] // settings.get("num_machines", 1))
-    return settings

@@ -1,12 +1,23 @@
 """The table of commands, and the one place where errors become exit codes. Nothing heavy is imported here."""
 
 import errno
+import os
 import sys
+from contextlib import suppress
 
 import typer
 
 from lora_cli import __version__
-from lora_cli.errors import OutOfMemoryError, Problem, StorageError, UserError
+from lora_cli.cli.launch import end_with_launcher, error_file, is_worker
+from lora_cli.errors import (
+    DistributedError,
+    OutOfMemoryError,
+    Problem,
+    StorageError,
+    UserError,
+    first_line,
+    is_out_of_memory,
+)
 
 DEBUG = "--debug"
 
@@ -49,9 +60,9 @@ def app() -> typer.Typer:
 def main() -> None:
     """Run a command; a user's error is one block on stderr and its class's exit code, never a traceback."""
     debug = DEBUG in sys.argv
-    sys.argv = [argument for argument in sys.argv if argument != DEBUG]
+    end_with_launcher()
     try:
-        app()()
+        app()([argument for argument in sys.argv[1:] if argument != DEBUG])
     except UserError as error:
         if debug:
             raise
@@ -65,15 +76,20 @@ def main() -> None:
     except Exception as error:
         if debug:
             raise
-        known = _out_of_memory(error) or _storage(error) or _bug(error)
+        known = _out_of_memory(error) or _storage(error) or _lost_workers(error) or _bug(error)
         _report(known)
         sys.exit(known.code)
 
 
-def _root(version: bool = typer.Option(False, "--version", help="Print the version.", is_eager=True)) -> None:
-    if version:
+def _version(asked: bool) -> None:
+    if asked:
         print(f"lora {__version__}")
         raise typer.Exit()
+
+
+def _root(
+    version: bool = typer.Option(False, "--version", help="Print the version.", is_eager=True, callback=_version),
+) -> None:
     from lora_cli.cli.console import show_notices
 
     show_notices()
@@ -83,8 +99,21 @@ MOST_LINES = 12
 
 
 def _report(error: UserError) -> None:
+    """On stderr; a worker of ours leaves it to the launcher, which shows one for all."""
+    from lora_cli.cli.console import err, note
+
+    text = _block(error)
+    if file := error_file():
+        with suppress(OSError):
+            file.write_text(text, encoding="utf-8")
+            return
+    err.file.flush()
+    note(text)
+
+
+def _block(error: UserError) -> str:
     """At most twelve lines; what doesn't fit is counted."""
-    from lora_cli.cli.console import err, inert, note
+    from lora_cli.cli.console import inert
 
     blocks = [inert(str(problem)) for problem in error.problems]
     shown = [blocks[0]]
@@ -92,20 +121,16 @@ def _report(error: UserError) -> None:
         if sum(text.count("\n") + 1 for text in [*shown, block]) > MOST_LINES - 1:
             break
         shown.append(block)
-    err.file.flush()
-    for block in shown:
-        note(block)
     if len(shown) < len(blocks):
-        note(f"… and {len(blocks) - len(shown)} more")
+        shown.append(f"… and {len(blocks) - len(shown)} more")
+    return "\n".join(shown)
 
 
 def _out_of_memory(error: Exception) -> UserError | None:
-    torch = sys.modules.get("torch")
-    if isinstance(error, MemoryError) or (torch and isinstance(error, torch.OutOfMemoryError)):
-        first = next(iter(str(error).splitlines()), "")
+    if is_out_of_memory(error):
         return OutOfMemoryError(
             Problem(
-                f"out of memory: {first}",
+                f"out of memory: {first_line(error)}",
                 fix="lower `training.micro_batch_size` (the result stays the same), set `training.gradient_checkpointing: true`, "
                 "shorten `data.max_length`, or use `model.quantize: nf4`",
             )
@@ -133,11 +158,28 @@ def _storage(error: Exception) -> UserError | None:
     return None
 
 
+LOST = ("gloo/", "nccl", "connection closed by peer", "connection reset by peer")
+
+
+def _lost_workers(error: Exception) -> UserError | None:
+    """What a worker sees where another has died or hangs: torch's own errors, and plain ones of gloo."""
+    torch = sys.modules.get("torch")
+    if not is_worker() or torch is None or not isinstance(error, RuntimeError):
+        return None
+    if not isinstance(error, torch.distributed.DistError) and not any(text in str(error).lower() for text in LOST):
+        return None
+    return DistributedError(
+        Problem(
+            f"worker {os.environ['RANK']} lost the others: {first_line(error)}",
+            fix="look at what the other workers say; continue with `--resume`",
+        )
+    )
+
+
 def _bug(error: Exception) -> UserError:
-    lines = str(error).splitlines() or [""]
     return UserError(
         Problem(
-            f"a bug in lora: {type(error).__name__}: {lines[0]}",
+            f"a bug in lora: {type(error).__name__}: {first_line(error)}",
             fix=f"run it again with {DEBUG} and report what it prints",
         )
     )

@@ -1,7 +1,7 @@
 """`lora merge`: base + adapter as a model of its own, proved."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,7 +39,7 @@ def merge(
     order = read_order(
         adapter, "merged", base=base, out=out, dtype=dtype, data=data, allow_base_mismatch=allow_base_mismatch
     )
-    with weights_bar("merging") as progress:
+    with weights_bar("merging", then="proving") as progress:
         report = export_merged(order, progress)
     if as_json:
         show_json(report.as_dict())
@@ -76,6 +76,7 @@ def read_order(
         return Order(adapter, folder, out, transposed)
     found = resolve_base(name, None if base else adapter.config.revision)
     refuse_second_merge(found.folder, adapter)
+    _note_quantised(folder)
     return Order(
         adapter,
         folder,
@@ -101,19 +102,28 @@ def show_merge(report: "MergeReport", adapter: Path) -> None:
 
 
 @contextmanager
-def weights_bar(title: str) -> Iterator[Callable[[int, int], None] | None]:
-    """A bar on stderr while weights are written; nothing where that is no terminal."""
+def weights_bar(title: str, then: str | None = None) -> Iterator[Callable[[int, int], None] | None]:
+    """A bar on stderr while weights are written, and a spinner for what comes `then`; nothing where nothing may move."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from lora_cli.cli.console import err
+    from lora_cli.cli.console import animated, err
 
-    if not err.is_terminal:
+    if not animated():
         yield None
         return
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, transient=True) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    bar = Progress(*columns, console=err, transient=True)
+    task = bar.add_task(title, total=None)
+
+    def show(done: int, total: int) -> None:
+        bar.update(task, completed=done, total=total)
+        if then and done == total and bar.live.is_started:
+            bar.stop()
+            shown.enter_context(err.status(then))
+
+    with ExitStack() as shown:
+        shown.enter_context(bar)
+        yield show
 
 
 def _base_lines(report: "MergeReport") -> list[str]:
@@ -151,13 +161,30 @@ def _storage_lines(report: "MergeReport") -> list[str]:
 def _rows(adapter: Path, base: Path, data: str | None) -> tuple[tuple[int, ...], ...]:
     """The rows of the proof: the file's, those of the run, else sentences and code of our own."""
     from lora_cli.export.proof import SENTENCES, token_rows
-    from lora_cli.models.load import load_tokenizer
+    from lora_cli.models.load import load_tokenizer, tokenizer_folder
     from lora_cli.runs.evaluate import rows_of_file
     from lora_cli.runs.proof_rows import rows_for_proof
 
-    tokenizer = load_tokenizer(adapter if (adapter / "tokenizer_config.json").is_file() else base)
+    if not data and (kept := rows_for_proof(adapter)):
+        return tuple(map(tuple, kept))
+    tokenizer = load_tokenizer(tokenizer_folder(adapter, base))
     if data:
-        rows = [example.input_ids for example in rows_of_file(data, tokenizer)[0]]
-    else:
-        rows = rows_for_proof(adapter, tokenizer) or token_rows(SENTENCES, tokenizer)
-    return tuple(map(tuple, rows))
+        return tuple(tuple(example.input_ids) for example in rows_of_file(data, tokenizer)[0])
+    return tuple(map(tuple, token_rows(SENTENCES, tokenizer)))
+
+
+def _note_quantised(adapter: Path) -> None:
+    """Say where an adapter learned beside a base that was rounded, and is merged into one that is not."""
+    from lora_cli.cli.console import note
+    from lora_cli.errors import RecipeError
+    from lora_cli.recipe.reader import read_recipe
+    from lora_cli.runs.folder import RunFolder
+
+    recipe = RunFolder(adapter).recipe
+    try:
+        quantize = read_recipe(recipe).recipe.model.quantize if recipe.is_file() else "none"
+    except RecipeError:
+        note(f"{recipe.name} can't be read: whether the adapter was trained on a quantised base is not known")
+        return
+    if quantize != "none":
+        note(f"the adapter was trained on the base quantised to {quantize}; it is merged into the base as it is stored")

@@ -6,7 +6,7 @@ from typing import Self
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lora_cli.cli.console import bytes_text, duration, err, inert, note, number, plain_table, show
+from lora_cli.cli.console import animated, bytes_text, duration, err, inert, note, number, plain_table, show
 from lora_cli.lora.adapter import Adapter
 from lora_cli.runs.parts import Run
 from lora_cli.train.events import Evaluated, Event, Finished, Sampled, Saved, Started, Step
@@ -22,6 +22,7 @@ class Display(AbstractContextManager):
         self.log_steps = log_steps
         self.evaluations: list[Evaluated] = []
         self.finished: Finished | None = None
+        self.first: Step | None = None  # what came before it, an evaluation perhaps, says nothing about the time left
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -29,7 +30,7 @@ class Display(AbstractContextManager):
             TextColumn("{task.fields[figures]}"),
             TimeRemainingColumn(compact=True, elapsed_when_finished=True),
             console=err,
-            disable=not err.is_terminal,
+            disable=not animated() or err.no_color,  # NO_COLOR: no animation either
         )
         self.task = self.bar.add_task("training", total=run.plan.steps, figures="")
 
@@ -110,7 +111,11 @@ class Display(AbstractContextManager):
         figures = f"loss {step.loss:.3f}  lr {step.lr:.1e}  {step.tokens_per_second:,.0f} tokens/s"
         self.bar.update(self.task, completed=step.step, figures=figures)
         every = max(self.log_steps, self.run.plan.steps // PLAIN_LINES)
-        if not err.is_terminal and (step.step % every == 0 or step.step in (1, self.run.plan.steps)):
-            left = step.seconds / step.step * (self.run.plan.steps - step.step)
-            note(f"step {step.step:>5}/{self.run.plan.steps}  {figures}  {duration(left)} left")
+        if self.bar.disable and (step.step % every == 0 or step.step in (1, self.run.plan.steps)):
+            note(f"step {step.step:>5}/{self.run.plan.steps}  {figures}{self._left(step)}")
             sys.stderr.flush()
+
+    def _left(self, step: Step) -> str:
+        self.first = self.first or step
+        done, left = step.step - self.first.step, self.run.plan.steps - step.step
+        return f"  {duration((step.seconds - self.first.seconds) / done * left)} left" if done and left else ""

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from lora_cli.cli.options import RecipeArgument, SetOption
+from lora_cli.errors import Problem, RecipeError
 
 
 def train(
@@ -30,9 +31,14 @@ def train(
     ] = None,
 ) -> None:
     """Train an adapter: `lora train configs/llama7b-qv.yaml --set lora.r=16`."""
-    from lora_cli.recipe.reader import read_recipe
+    from lora_cli.recipe.reader import read_recipe, with_output
 
+    if resume and overwrite:
+        fix = "leave one out: the first continues the old run, the second moves it aside"
+        raise RecipeError(Problem("`--resume` and `--overwrite` contradict each other", fix=fix))
     loaded = read_recipe(recipe, set_ or [])
+    if out:
+        loaded = with_output(loaded, str(out))
     if dry_run:
         from lora_cli.cli.dry_run import show_dry_run
 
@@ -40,9 +46,12 @@ def train(
         return
     from lora_cli.runs.folder import RunFolder
 
-    folder = RunFolder(out or Path(loaded.recipe.output))
+    folder = RunFolder(Path(loaded.recipe.output))
     from lora_cli.cli.launch import is_first_worker, is_worker, run_as_workers
+    from lora_cli.cli.slurm import join_srun
 
+    if processes is None and on is None:  # else each task of srun starts workers of its own
+        join_srun()
     if is_first_worker():
         folder.check_free(resume=resume, overwrite=overwrite)
     if not is_worker() and run_as_workers(processes, on):

@@ -27,11 +27,18 @@ def unmerge(
     Example: lora unmerge --merged out/merged --adapter out/ --out base/
     """
     from lora_cli.cli.console import show_json
+    from lora_cli.errors import ModelError, Problem
     from lora_cli.export.unmerge import unmerge as take_off
     from lora_cli.lora.peft_format import load_adapter
     from lora_cli.models.base import resolve_base
     from lora_cli.models.load import DTYPES
 
+    if not merged.is_dir():
+        raise ModelError(
+            Problem(
+                "there is no such folder", where=str(merged), fix="give the folder of the merged model with `--merged`"
+            )
+        )
     found = load_adapter(adapter)
     folder = resolve_base(str(merged)).folder
     true_base = resolve_base(base).folder if base else None

@@ -61,6 +61,11 @@ class DataReport:
     fingerprint: str  # of all tokens and weights, in order
 
     @property
+    def format(self) -> str:
+        """Of the first source, where there are several."""
+        return next(iter(self.formats.values()))
+
+    @property
     def used(self) -> int:
         return self.rows - sum(self.dropped.values())
 

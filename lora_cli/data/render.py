@@ -65,6 +65,16 @@ class Renderer:
         """The tokens before the assistant's next turn."""
         return self._encode(self._template(messages, add_generation_prompt=True))
 
+    def prompt_of(self, question: str, format: str | None) -> list[int]:
+        """The tokens before the answer to a question, as rows of `format` (None: not known) are rendered."""
+        if format in ("text", "completion"):
+            return self.text_prompt(question)
+        if self.has_template:
+            return self.chat_prompt([Message("user", question, train=False)])
+        if format == "alpaca":
+            return self.text_prompt(as_text(Instruction(question, "", "")).spans[0].text)
+        return self.text_prompt(question)
+
     def text_prompt(self, text: str) -> list[int]:
         """The tokens of a text that is to be continued, with the BOS that the tokenizer puts before it, once."""
         ids = self._encode(text)

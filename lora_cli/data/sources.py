@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli.data.types import RowId
-from lora_cli.errors import DataError, Problem
+from lora_cli.errors import DataError, Problem, first_line
 
 Columns = dict[str, Any]
 Row = tuple[RowId, Columns | Problem]
@@ -280,7 +280,7 @@ def _hub(source: str) -> Iterator[Row]:
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
             Problem(
-                f"dataset `{source}` cannot be had from the hub: {quote(str(error).splitlines()[0])}",
+                f"dataset `{source}` cannot be had from the hub: {quote(first_line(error))}",
                 fix="check the name and the network; `hf auth login` for a gated or private one; or name a local file",
             )
         ) from error

@@ -103,7 +103,6 @@ class Batch(TypedDict):
     """One micro-batch. Positions without a label carry IGNORE; `weights` are aligned with `labels`."""
 
     input_ids: Tensor  # [batch, time] int64
-    attention_mask: Tensor  # [batch, time] int64, 0 at padding
     labels: Tensor  # [batch, time] int64, already shifted: labels[t] is the token to predict at t
     weights: Tensor  # [batch, time] float32
     positions: Tensor  # [kept] int64: the time positions at which any row has a label, for logits of those alone

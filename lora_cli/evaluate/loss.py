@@ -37,11 +37,13 @@ def held_out_loss(task: Task, examples: Sequence[Example], settings: Settings, a
     batches = micro_batches(
         list(examples), settings, rank=accelerator.process_index, processes=accelerator.num_processes
     )
-    with torch.inference_mode():
-        for _, batch in batches:
-            total += task(to_device(batch, accelerator.device)).total.double()
-    for module, training in flags.items():
-        module.training = training
+    try:
+        with torch.inference_mode():
+            for _, batch in batches:
+                total += task(to_device(batch, accelerator.device)).total.double()
+    finally:
+        for module, training in flags.items():
+            module.training = training
     items = sum(example.items for example in examples)
     tokens = sum(weight > 0 for example in examples for weight in example.weights)
     return HeldOut(accelerator.reduce(total, "sum").item() / items, tokens, len(examples))

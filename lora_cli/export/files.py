@@ -18,6 +18,7 @@ from torch import Tensor
 from lora_cli.errors import ModelError, Problem, SafetyError
 from lora_cli.lora.base_files import INDEX, StoredTensor, read_header, read_metadata, stored_tensors, weight_files
 from lora_cli.models.base import read_config
+from lora_cli.models.load import tokenizer_folder
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -99,9 +100,8 @@ def copy_side_files(folder: Path, out: Path, *, tokenizer: Path | None = None) -
 
     The tokenizer is all from `tokenizer` (the run folder) where that has one, else all from `folder`.
     """
-    has_own = tokenizer is not None and (tokenizer / "tokenizer_config.json").is_file()
     _copy(folder, out, OTHER_FILES)
-    _copy(tokenizer if has_own else folder, out, TOKENIZER_FILES)
+    _copy(tokenizer_folder(tokenizer, folder), out, TOKENIZER_FILES)
 
 
 def write_config(folder: Path, out: Path, *, dtype: torch.dtype | None = None, tied: bool | None = None) -> None:

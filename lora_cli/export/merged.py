@@ -4,7 +4,6 @@ Storing rounds: bfloat16 keeps 8 bits of a weight, and what an update changes be
 that is gets measured while writing, for the dtype written and for the others it could have been.
 """
 
-import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping
@@ -34,7 +33,6 @@ from lora_cli.export.proof import Proof
 from lora_cli.export.staging import need_space, refuse_output, staged
 from lora_cli.lora.adapter import Adapter, Factors
 from lora_cli.lora.base_files import Fingerprint, fingerprint, stored_tensors
-from lora_cli.lora.peft_format import to_tensors
 
 log = logging.getLogger(__name__)
 
@@ -129,7 +127,7 @@ def merge(
     refuse_output(out, base_folder)
     refuse_second_merge(base_folder, adapter)
     found = fingerprint(base_folder)
-    differences = _base_differences(adapter, found, base_folder, allowed=allow_base_mismatch)
+    differences = adapter.check_base(found, base_folder, allow=allow_base_mismatch)
     where = places(base_folder, adapter)
     tally = Tally()
     changes = {place.tensor: _change(place, adapter, tally) for place in where.values()}
@@ -143,7 +141,7 @@ def merge(
         report = MergeReport(
             out=out,
             base=base_name or adapter.config.base_model_name_or_path or base_folder.name,
-            adapter_sha256=adapter_hash(adapter),
+            adapter_sha256=adapter.digest(),
             tensors=len(where),
             bytes=size,
             dtypes=_dtypes(draft, where),
@@ -160,18 +158,6 @@ def merge(
     if tied is False:
         log.warning("the head was tied to the embedding; it has a weight of its own now, and the config says so")
     return report
-
-
-def adapter_hash(adapter: Adapter) -> str:
-    """SHA-256 of what an adapter computes: its factors, and the settings that scale them."""
-    config = adapter.config
-    settings = (config.r, float(config.lora_alpha), config.use_rslora, config.use_dora)
-    patterns = (sorted(config.rank_pattern.items()), sorted(config.alpha_pattern.items()))
-    digest = hashlib.sha256(repr((settings, patterns)).encode())
-    for name, tensor in sorted(to_tensors(adapter).items()):
-        digest.update(name.encode())
-        digest.update(tensor.view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def merge_record(folder: Path) -> dict:
@@ -191,7 +177,7 @@ def merge_record(folder: Path) -> dict:
 
 def refuse_second_merge(base_folder: Path, adapter: Adapter) -> None:
     """Raise ModelError when the base holds this adapter already: its update would count twice."""
-    if any(entry["sha256"] == adapter_hash(adapter) for entry in merge_record(base_folder)["adapters"]):
+    if adapter.digest() in [entry["sha256"] for entry in merge_record(base_folder)["adapters"]]:
         raise ModelError(
             Problem(
                 "this adapter is merged into this base already: a second merge would apply its update twice",
@@ -199,20 +185,6 @@ def refuse_second_merge(base_folder: Path, adapter: Adapter) -> None:
                 fix="use the folder as it is, or give the unmerged base with `--base`",
             )
         )
-
-
-def _base_differences(adapter: Adapter, found: Fingerprint, folder: Path, *, allowed: bool) -> list[str]:
-    differences = adapter.base.differences(found) if adapter.base else []
-    if differences and not allowed:
-        listed = ", ".join(differences[:3]) + (f" and {len(differences) - 3} more" if len(differences) > 3 else "")
-        raise ModelError(
-            Problem(
-                f"this is not the base that the adapter was trained on; they differ in {listed}",
-                where=str(folder),
-                fix="give that base with `--base`, or merge all the same with `--allow-base-mismatch`",
-            )
-        )
-    return differences
 
 
 def _change(place: Place, adapter: Adapter, tally: Tally) -> Change:

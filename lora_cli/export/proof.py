@@ -34,6 +34,7 @@ NOISE = 1e-4  # of the largest logit: some hundred float32 roundings in a row
 TIES = 0.05  # of what rounding moved: sums in another order send a few weights to the other neighbour
 MOST_POSITIONS = 256  # whose logits are kept: at 256k tokens of vocabulary, 256 MiB a model
 MOST_ROWS = 16
+MOST_TOKENS = 512  # of a row
 LARGE_COST = 0.05  # storing costs more than this share of what the adapter does: worth a word
 
 SENTENCES = (
@@ -85,7 +86,10 @@ def prove(
     *,
     device: torch.device | str = "cpu",
 ) -> Proof:
-    """Compare base + adapter with the merged folder. Raises ModelError when more than storing tells them apart."""
+    """Compare base + adapter with the merged folder, on the last tokens of each row, where the contexts are long.
+
+    Raises ModelError when more than storing tells them apart.
+    """
     dtype = compute_dtype(base.folder, device)
     model = load_model(base, dtype=dtype, device=device)
     rows = _bounded(token_rows, vocabulary=model.get_input_embeddings().num_embeddings)
@@ -164,11 +168,11 @@ def free_bytes(device: torch.device | str) -> int | None:
     return next((int(line[1]) * 1024 for line in lines if line[0] == "MemAvailable:"), None)
 
 
-def _bounded(rows: list[list[int]], vocabulary: int) -> list[list[int]]:
-    rows = [row for row in rows if row][:MOST_ROWS]
+def _bounded(rows: list[list[int]], vocabulary: int) -> list[tuple[int, ...]]:
+    """Different rows, whole: rows of one chat template begin alike, and what tells them apart comes late."""
+    rows = list(dict.fromkeys(tuple(row[:MOST_TOKENS]) for row in rows if row))[:MOST_ROWS]
     if not rows:
         raise DataError(Problem("the proof has no row with any token", fix="give rows with text with `--data`"))
-    rows = [row[: MOST_POSITIONS // len(rows)] for row in rows]
     if (largest := max(map(max, rows))) >= vocabulary:
         raise ModelError(
             Problem(
@@ -180,10 +184,15 @@ def _bounded(rows: list[list[int]], vocabulary: int) -> list[list[int]]:
 
 
 @torch.no_grad()
-def _logits(model: nn.Module, rows: list[list[int]]) -> Tensor:
-    """[positions, vocabulary] float32 on the CPU. A row a forward: no padding, and no mask to go wrong."""
+def _logits(model: nn.Module, rows: list[tuple[int, ...]]) -> Tensor:
+    """[positions, vocabulary] float32 on the CPU, of each row's last positions.
+
+    A row a forward: no padding, and no mask to go wrong.
+    """
     device = model.get_input_embeddings().weight.device
-    found = [model(input_ids=torch.tensor([row], device=device), use_cache=False).logits[0] for row in rows]
+    kept = MOST_POSITIONS // len(rows)
+    inputs = (torch.tensor([row], device=device) for row in rows)
+    found = (model(input_ids=ids, use_cache=False, logits_to_keep=kept).logits[0] for ids in inputs)
     return torch.cat([logits.float().cpu() for logits in found])
 
 

@@ -9,7 +9,7 @@ import torch
 
 from lora_cli.errors import ModelError, Problem, StorageError
 from lora_cli.export.files import Progress, copy_side_files
-from lora_cli.export.merged import MergeReport, adapter_hash, merge
+from lora_cli.export.merged import MergeReport, merge
 from lora_cli.export.proof import compute_dtype, prove
 from lora_cli.export.staging import staged
 from lora_cli.lora.adapter import Adapter
@@ -85,7 +85,7 @@ def is_transposed(folder: Path) -> bool:
 
 def _check_same(written: Adapter, read: Adapter) -> None:
     """float32 factors come back as they went, bit for bit."""
-    if adapter_hash(read) != adapter_hash(written):
+    if read.digest() != written.digest():
         raise StorageError(Problem("what was written does not read back the same", fix="check the disk, and try again"))
 
 

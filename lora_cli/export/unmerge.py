@@ -25,7 +25,7 @@ from lora_cli.export.files import (
     row_blocks,
     write_config,
 )
-from lora_cli.export.merged import RECORD, adapter_hash, merge_record, rows_of
+from lora_cli.export.merged import RECORD, merge_record, rows_of
 from lora_cli.export.names import Place, places
 from lora_cli.export.staging import need_space, refuse_output, staged
 from lora_cli.lora.adapter import Adapter, Factors
@@ -169,7 +169,8 @@ def _originals(base: Path | None, adapter: Adapter) -> Mapping[str, Original]:
 def _entry(folder: Path, adapter: Adapter) -> tuple[dict | None, list[dict]]:
     """This adapter's entry in merge.json, and those of others; none at all where other tools merged."""
     entries = merge_record(folder)["adapters"]
-    entry = next((entry for entry in entries if entry["sha256"] == adapter_hash(adapter)), None)
+    digest = adapter.digest()
+    entry = next((entry for entry in entries if entry["sha256"] == digest), None)
     if entries and entry is None:
         raise ModelError(
             Problem(

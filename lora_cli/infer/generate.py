@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from lora_cli.data.render import Renderer
-from lora_cli.data.types import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -17,30 +16,24 @@ def answer(
     tokenizer: "PreTrainedTokenizerBase",
     prompts: Sequence[str],
     *,
+    format: str | None = None,
     max_new_tokens: int = 96,
     batch_size: int = 8,
 ) -> dict[str, str]:
-    """The greedy answer to each prompt: as a user's turn where the tokenizer has a chat template, else as it stands."""
+    """The greedy answer to each prompt, which is rendered as training rendered its rows: `format` is theirs."""
     training = model.training
     model.eval()
     answers = {}
     for i in range(0, len(prompts), batch_size):
         batch = prompts[i : i + batch_size]
-        answers |= dict(zip(batch, _generate(model, tokenizer, batch, max_new_tokens), strict=True))
+        answers |= dict(zip(batch, _generate(model, tokenizer, batch, format, max_new_tokens), strict=True))
     model.train(training)
     return answers
 
 
-def prompt_ids(renderer: Renderer, prompt: str) -> list[int]:
-    """The tokens a model sees before it answers, as training renders them."""
-    if renderer.has_template:
-        return renderer.chat_prompt([Message("user", prompt, train=False)])
-    return renderer.text_prompt(prompt)
-
-
-def _generate(model, tokenizer, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
+def _generate(model, tokenizer, prompts: Sequence[str], format: str | None, max_new_tokens: int) -> list[str]:
     renderer = Renderer(tokenizer)
-    rows = [prompt_ids(renderer, prompt) for prompt in prompts]
+    rows = [renderer.prompt_of(prompt, format) for prompt in prompts]
     width = max(map(len, rows))
     ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])

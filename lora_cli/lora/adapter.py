@@ -1,7 +1,9 @@
 """An adapter is a value: a config and the low-rank factors of each layer, apart from any model."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -62,23 +64,63 @@ class Adapter:
                 if factors.magnitude is not None:
                     layer.magnitude.copy_(factors.magnitude)
 
-    def check_alive(self) -> None:
-        """Raise DivergedError when a value is not finite, or when every B is zero: such an adapter changes nothing."""
+    def digest(self) -> str:
+        """SHA-256 of what the adapter computes: paths, scales, factors and magnitudes. Equal digests, equal updates."""
+        found = hashlib.sha256()
+        for path, factors in sorted(self.layers.items()):
+            tensors = (factors.A, factors.B, factors.magnitude)
+            shapes = [None if tensor is None else tuple(tensor.shape) for tensor in tensors]
+            found.update(repr((path, float(self.config.at(path).scale), shapes)).encode())
+            for tensor in tensors:
+                if tensor is not None:
+                    found.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+        return found.hexdigest()
+
+    def check_finite(self, where: str = "") -> None:
+        """Raise DivergedError when a value is not finite."""
         broken = [path for path, f in self.layers.items() if not all(_finite(t) for t in (f.A, f.B, f.magnitude))]
         if broken:
             raise DivergedError(
                 Problem(
                     f"the adapter holds values that are not finite in {len(broken)} layers, first {broken[0]}",
+                    where=where,
                     fix="train again from an earlier checkpoint, with a lower `training.learning_rate`",
                 )
             )
-        if not any(f.B.any() for f in self.layers.values()) and not self.config.use_dora:
-            raise DivergedError(
+
+    def check_alive(self) -> None:
+        """Raise DivergedError when a value is not finite, or when B A is zero in every layer: it changes nothing.
+
+        A start that was taken off again (PiSSA, OLoRA) counts for nothing. Of DoRA only finiteness can be known: with
+        B A zero its magnitude may still have moved away from the base's row norms, which the adapter does not hold.
+        """
+        self.check_finite()
+        if self.config.use_dora or any(_acts(factors) for factors in self.layers.values()):
+            return
+        zero = "lora_B · lora_A" if any(f.B.any() for f in self.layers.values()) else "lora_B"
+        raise DivergedError(
+            Problem(
+                f"the adapter does nothing: every {zero} is zero",
+                fix="check that the run trained for a step and that its learning rate is above 0",
+            )
+        )
+
+    def check_base(self, found: Fingerprint, where: Path, *, allow: bool = False) -> list[str]:
+        """The tensors that tell the base with the fingerprint `found` from the one the adapter was trained on.
+
+        Raises ModelError where there are any, unless they are allowed; an adapter that names no base fits all.
+        """
+        differences = self.base.differences(found) if self.base else []
+        if differences and not allow:
+            listed = ", ".join(differences[:3]) + (f" and {len(differences) - 3} more" if len(differences) > 3 else "")
+            raise ModelError(
                 Problem(
-                    "the adapter does nothing: every lora_B is zero",
-                    fix="check that the run trained for a step and that its learning rate is above 0",
+                    f"the adapter was trained on another base: they differ in {listed}",
+                    where=str(where),
+                    fix="give the base it was trained on with `--base`, or accept this one with `--allow-base-mismatch`",
                 )
             )
+        return differences
 
     def check_fits(self, model: nn.Module) -> None:
         found = linears(model)
@@ -114,6 +156,17 @@ def _factors(layer: nn.Module) -> Factors:
 
 def _copy(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", torch.float32, copy=True)
+
+
+def _acts(factors: Factors) -> bool:
+    """Whether B A is more than what its float32 factors round off.
+
+    ‖B A‖ = ‖R_B R_Aᵀ‖ with B = Q_B R_B and Aᵀ = Q_A R_A: r × r, and unlike Gram matrices it squares nothing, so that a
+    small update beside a large start that cancels is seen.
+    """
+    A, B = factors.A.double(), factors.B.double()
+    product = torch.linalg.qr(B, mode="r").R @ torch.linalg.qr(A.T, mode="r").R.T
+    return bool(product.norm() > torch.finfo(torch.float32).eps * B.norm() * A.norm())
 
 
 def _finite(tensor: Tensor | None) -> bool:

@@ -93,9 +93,9 @@ def weight_files(folder: Path) -> list[Path]:
     )
 
 
-def read_header(file: Path) -> dict[str, StoredTensor]:
-    """The tensors of one safetensors file, from its header alone."""
-    header, data = _header(file)
+def read_header(file: Path, most_bytes: int = LARGEST_HEADER_BYTES) -> dict[str, StoredTensor]:
+    """The tensors of one safetensors file, from its header alone, which may have `most_bytes`."""
+    header, data = _header(file, most_bytes)
     try:
         return {
             name: StoredTensor(
@@ -110,25 +110,33 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
 
 def read_metadata(file: Path) -> dict[str, str]:
     """The free text that a safetensors file carries."""
-    return _header(file)[0].get("__metadata__", {})
+    return _header(file, LARGEST_HEADER_BYTES)[0].get("__metadata__", {})
 
 
-def _header(file: Path) -> tuple[dict, int]:
+def _header(file: Path, most_bytes: int) -> tuple[dict, int]:
     """The JSON header and the offset at which the data begins."""
     with file.open("rb") as stream:
         size = int.from_bytes(stream.read(8), "little")
-        if size > LARGEST_HEADER_BYTES:
+        if size > most_bytes:
             raise ModelError(
                 Problem(f"its header claims {size:,} bytes", where=str(file), fix="download it again: it is damaged")
             )
         text = stream.read(size)
     try:
-        header = json.loads(text)
+        header = json.loads(text, object_pairs_hook=_without_doubles)
     except (ValueError, RecursionError) as error:
         raise _unreadable(file) from error
     if not isinstance(header, dict):
         raise _unreadable(file)
     return header, 8 + size
+
+
+def _without_doubles(pairs: list[tuple[str, object]]) -> dict:
+    """Of two tensors of one name, which is meant depends on the reader."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name stands twice")
+    return found
 
 
 def _unreadable(file: Path) -> ModelError:

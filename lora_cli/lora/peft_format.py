@@ -6,8 +6,7 @@ alphas as integers, target_modules as a sorted list. Read strictly: a key or a s
 
 import json
 import re
-from collections.abc import Mapping
-from math import isfinite
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -23,10 +22,13 @@ from lora_cli.lora.config import LoRAConfig
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLED_WEIGHTS = "adapter_model.bin"
+LARGEST_NUMBER = 10**9  # JSON's numbers have no end
+SHOWN_CHARACTERS = 80  # of a foreign value in a message
 FINGERPRINT = "lora.base_fingerprint"
 PREFIX = "base_model.model."
 LARGEST_CONFIG_BYTES = 1_000_000
-MOST_TENSORS = 50_000
+LARGEST_HEADER_BYTES = 1_000_000  # 126 blocks with 7 targets of 3 tensors each have 0.4 MB
+LARGEST_WEIGHTS_BYTES = 4_000_000_000
 
 # Settings of PEFT that change what an adapter computes and that are not read here: anything but these values is refused.
 NOT_READ: Mapping[str, tuple] = {
@@ -47,36 +49,53 @@ NOT_READ: Mapping[str, tuple] = {
 }
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
-
-
 def _is_rank(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return type(value) is int and 1 <= value <= LARGEST_NUMBER
+
+
+def _is_alpha(value: object) -> bool:
+    return type(value) in (int, float) and 0 < value <= LARGEST_NUMBER  # NaN is neither
+
+
+def _is_text(value: object) -> bool:
+    return value is None or isinstance(value, str)
+
+
+def _is_flag(value: object) -> bool:
+    return value is None or isinstance(value, bool)
 
 
 def _is_pattern(text: str) -> bool:
     try:
         re.compile(text)
-    except re.error:
+    except (re.error, RecursionError, OverflowError):
         return False
     return True
 
 
+def _are_patterns(value: object, fits: Callable[[object], bool]) -> bool:
+    return value is None or (
+        isinstance(value, dict) and all(_is_pattern(pattern) and fits(v) for pattern, v in value.items())
+    )
+
+
 # What a value of adapter_config.json must be, where it would otherwise fail far from here, or compute nonsense.
-FITS = {
-    "r": _is_rank,
-    "lora_alpha": _is_number,
-    "lora_dropout": lambda value: value is None or _is_number(value),
-    "target_modules": lambda value: (
-        value is None or isinstance(value, str) or (isinstance(value, list) and all(isinstance(v, str) for v in value))
+MUST_BE: Mapping[str, tuple[Callable[[object], bool], str]] = {
+    "base_model_name_or_path": (_is_text, "a text or null"),
+    "revision": (_is_text, "a text or null"),
+    "task_type": (_is_text, "a text or null"),
+    "r": (_is_rank, "a whole number above 0"),
+    "lora_alpha": (_is_alpha, "a number above 0"),
+    "lora_dropout": (lambda value: value in (None, 0) or _is_alpha(value), "0 or a number above 0"),
+    "target_modules": (
+        lambda value: _is_text(value) or (isinstance(value, list) and all(isinstance(v, str) for v in value)),
+        "a text or a list of texts",
     ),
-    "rank_pattern": lambda value: (
-        value is None or (isinstance(value, dict) and all(_is_pattern(k) and _is_rank(v) for k, v in value.items()))
-    ),
-    "alpha_pattern": lambda value: (
-        value is None or (isinstance(value, dict) and all(_is_pattern(k) and _is_number(v) for k, v in value.items()))
-    ),
+    "rank_pattern": (lambda value: _are_patterns(value, _is_rank), "patterns with whole numbers above 0"),
+    "alpha_pattern": (lambda value: _are_patterns(value, _is_alpha), "patterns with numbers above 0"),
+    "use_rslora": (_is_flag, "true or false"),
+    "use_dora": (_is_flag, "true or false"),
+    "fan_in_fan_out": (_is_flag, "true or false"),
 }
 
 
@@ -90,30 +109,31 @@ def save_adapter(adapter: Adapter, folder: Path, *, transposed: bool = False) ->
 
 
 def load_adapter(folder: Path) -> Adapter:
-    """Read an adapter that `lora` or PEFT wrote. Raises ModelError for damage or surplus, SafetyError for a pickle."""
+    """Read an adapter that `lora` or PEFT wrote.
+
+    Raises ModelError for damage or surplus, SafetyError for a pickle and for sizes that no adapter has, DivergedError
+    for values that are not finite.
+    """
     config = from_peft(_read_config(folder), where=folder / CONFIG)
     file = folder / WEIGHTS
     if not file.is_file():
         raise _no_weights(folder)
-    if len(read_header(file)) > MOST_TENSORS:
+    if file.stat().st_size > LARGEST_WEIGHTS_BYTES:
         raise SafetyError(
-            Problem(f"it claims more than {MOST_TENSORS:,} tensors", where=str(file), fix="don't use this adapter")
+            Problem(
+                f"it is larger than {LARGEST_WEIGHTS_BYTES:,} bytes",
+                where=str(file),
+                fix="train with a lower `lora.r`; if it came from elsewhere, don't use it",
+            )
         )
+    read_header(file, LARGEST_HEADER_BYTES)
     try:
         tensors = load_file(file)
     except (SafetensorError, OSError) as error:
         raise ModelError(Problem(f"it is damaged: {error}", where=str(file), fix="copy or train it again")) from error
-    layers = _layers(tensors, config, where=file)
-    return Adapter(config, layers, _fingerprint(file))
-
-
-def _same_bytes(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """A safetensors file that is equal for equal content: the library writes its metadata in random order."""
-    plain = save(tensors)
-    size = int.from_bytes(plain[:8], "little")
-    header = json.dumps({"__metadata__": metadata} | json.loads(plain[8 : 8 + size]), separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
-    return len(header).to_bytes(8, "little") + header + plain[8 + size :]
+    adapter = Adapter(config, _layers(tensors, config, where=file), _fingerprint(file))
+    adapter.check_finite(where=str(file))
+    return adapter
 
 
 def to_tensors(adapter: Adapter) -> dict[str, Tensor]:
@@ -161,7 +181,7 @@ def from_peft(found: Mapping, where: Path) -> LoRAConfig:
         )
     problems = [
         Problem(
-            f"the adapter uses `{key}: {found[key]!r}`, which `lora` does not read yet",
+            f"the adapter uses {_shown(key, found)}, which `lora` does not read yet",
             where=str(where),
             fix="merge it with PEFT, or train it without",
         )
@@ -170,11 +190,11 @@ def from_peft(found: Mapping, where: Path) -> LoRAConfig:
     ]
     problems += [
         Problem(
-            f"`{key}: {found[key]!r}` is no value that it can have",
+            f"{_shown(key, found)} must be {kind}",
             where=str(where),
             fix="copy or train the adapter again",
         )
-        for key, fits in FITS.items()
+        for key, (fits, kind) in MUST_BE.items()
         if key in found and not fits(found[key])
     ]
     if problems:
@@ -193,6 +213,11 @@ def from_peft(found: Mapping, where: Path) -> LoRAConfig:
         revision=found.get("revision"),
         task_type=found.get("task_type"),
     )
+
+
+def _shown(key: str, found: Mapping) -> str:
+    text = repr(found[key])
+    return f"`{key}: {text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + '…'}`"
 
 
 def _in_order(content: bytes) -> bytes:
@@ -292,7 +317,7 @@ def _read_config(folder: Path) -> dict:
         )
     try:
         found = json.loads(file.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(
             Problem(f"it is no JSON: {error}", where=str(file), fix="copy or train the adapter again")
         ) from error

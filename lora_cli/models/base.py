@@ -14,7 +14,18 @@ log = logging.getLogger(__name__)
 
 HUB_PAGE = "https://huggingface.co/{name}"
 # Weights as safetensors only, what a config and a tokenizer need, and the licence that a merged model takes along.
-HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*"]
+HUB_FILES = [
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*.json",
+    "*.jinja",
+    "*.model",
+    "*.txt",
+    "LICENSE*",
+    "NOTICE*",
+]
+# A second copy of the weights, other formats in folders of their own, and adapters
+HUB_LEFT_OUT = ["consolidated*", "*/*", "adapter_*"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +44,7 @@ def resolve_base(name: str, revision: str | None = None) -> Base:
         base = Base(name, _converted(path))
     elif path.is_dir():
         base = Base(name, path)
-    elif path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+    elif path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(_no_such_base(name))
     else:
         folder = hub_folder(name, revision, HUB_FILES)
@@ -64,6 +75,14 @@ def read_config(folder: Path) -> dict:
 def _check_config(base: Base) -> None:
     config = read_config(base.folder)
     where = str(base.folder / "config.json")
+    if (base.folder / "adapter_config.json").exists():
+        raise ModelError(
+            Problem(
+                "the base's folder holds an adapter too, and which of the two is meant is not clear",
+                where=str(base.folder),
+                fix="give a folder with the base alone",
+            )
+        )
     if "vision_config" in config or "audio_config" in config:
         raise ModelError(
             Problem(
@@ -75,7 +94,8 @@ def _check_config(base: Base) -> None:
     foreign = [
         key
         for key in config
-        if key == "custom_code" or key == "trust_remote_code" or key.startswith("_attn_implementation")
+        if key in ("custom_code", "trust_remote_code")
+        or (key.startswith("_attn_implementation") and "/" in str(config[key]))
     ]
     if foreign:
         raise SafetyError(
@@ -127,7 +147,7 @@ def hub_folder(name: str, revision: str | None, files: list[str]) -> Path:
 
     page = HUB_PAGE.format(name=name)
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=files))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=files, ignore_patterns=HUB_LEFT_OUT))
     except GatedRepoError as error:
         what = f"{name} is gated, and no token with access to it was given"
         fix = f"accept its licence at {page}, then run `hf auth login` or set HF_TOKEN"

@@ -6,14 +6,17 @@ import logging
 import os
 import shutil
 import tempfile
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 
-from lora_cli.errors import ModelError, Problem
+from lora_cli.errors import ModelError, Problem, first_line
 from lora_cli.models.quiet import quiet_transformers
 
 log = logging.getLogger(__name__)
 
 HASHED_BYTES = 4 * 2**20
+VERSION = 2  # of what is made from a file: raise it when that changes
 
 
 def converted_folder(file: Path) -> Path:
@@ -37,34 +40,55 @@ def converted_folder(file: Path) -> Path:
 
 
 def _convert(file: Path, folder: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    try:
-        import gguf  # noqa: F401  transformers' own message for its absence is a traceback
-    except ImportError as error:
-        raise ModelError(
-            Problem("reading a GGUF file needs the `gguf` package", where=str(file), fix="pip install 'lora-cli[gguf]'")
-        ) from error
     quiet_transformers()
-    source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-    try:
-        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16)
-        tokenizer = AutoTokenizer.from_pretrained(**source)
-    except (ValueError, KeyError, OSError, NotImplementedError) as error:
-        raise ModelError(
-            Problem(
-                f"transformers can't read this GGUF file: {str(error).splitlines()[0]}",
-                where=str(file),
-                fix="give the model's folder or hub id as `model.base`",
-            )
-        ) from error
+    with tempfile.TemporaryDirectory() as alone:  # transformers would load an adapter that lies beside the file
+        (Path(alone) / file.name).symlink_to(file.resolve())
+        with redirect_stderr(StringIO()):  # a progress bar that nothing else turns off
+            model, tokenizer = _read(Path(alone), file)
     del model.config.quantization_config
     model.hf_quantizer = None
     model.save_pretrained(folder)
     tokenizer.model_max_length = model.config.max_position_embeddings
     tokenizer.save_pretrained(folder)
     _forget_origin(folder / "tokenizer_config.json")
+
+
+def _read(folder: Path, file: Path):
+    """Model and tokenizer of the one GGUF file in `folder`; `file` is what the user knows it by."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = {"pretrained_model_name_or_path": str(folder), "gguf_file": file.name, "trust_remote_code": False}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(**source, dtype=_float_type(file))
+        return model, AutoTokenizer.from_pretrained(**source)
+    except (ValueError, KeyError, OSError, NotImplementedError) as error:
+        raise ModelError(
+            Problem(
+                f"transformers can't read this GGUF file: {first_line(error)}",
+                where=str(file),
+                fix="give the model's folder or hub id as `model.base`",
+            )
+        ) from error
+
+
+def _float_type(file: Path):
+    """The type that holds the file's matrices best: their own where they are floats; float16 for quantised ones, which
+    keeps three bits more of them than bfloat16."""
+    import torch
+
+    try:
+        from gguf import GGUFReader
+    except ImportError as error:
+        raise ModelError(
+            Problem("reading a GGUF file needs the `gguf` package", where=str(file), fix="pip install 'lora-cli[gguf]'")
+        ) from error
+    try:
+        found = {tensor.tensor_type.name for tensor in GGUFReader(file).tensors if len(tensor.shape) > 1}
+    except (ValueError, IndexError, OSError) as error:
+        what = f"it is no GGUF file, or damaged: {first_line(error)}"
+        raise ModelError(Problem(what, where=str(file), fix="download it again")) from error
+    floats = {"F32": torch.float32, "BF16": torch.bfloat16}
+    return next((dtype for name, dtype in floats.items() if name in found), torch.float16)
 
 
 def _forget_origin(file: Path) -> None:
@@ -91,7 +115,7 @@ def _cache() -> Path:
 def _content_key(file: Path) -> str:
     """A hash of the size and both ends: a GGUF's header, with all names and settings, stands at the front."""
     size = file.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
+    digest = hashlib.sha256(f"{VERSION} {size}".encode())
     with file.open("rb") as stream:
         digest.update(stream.read(HASHED_BYTES))
         stream.seek(max(0, size - HASHED_BYTES))

@@ -1,12 +1,15 @@
 """Model and tokenizer in memory: frozen, on one device, quantised or not. What is `auto` is decided here."""
 
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import SafetensorError
 
-from lora_cli.errors import ModelError, Problem
+from lora_cli.data.types import Example
+from lora_cli.errors import ModelError, Problem, first_line, is_out_of_memory
 from lora_cli.models.base import Base
 from lora_cli.models.quiet import quiet_transformers
 
@@ -16,6 +19,17 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+BASE_DROPOUTS = (
+    "attention_dropout",
+    "attention_probs_dropout_prob",
+    "hidden_dropout",
+    "hidden_dropout_prob",
+    "dropout",
+    "activation_dropout",
+    "attn_pdrop",
+    "resid_pdrop",
+    "embd_pdrop",
+)
 ATTENTIONS = {"auto": None, "eager": "eager", "sdpa": "sdpa", "flash": "flash_attention_2", "flex": "flex_attention"}
 
 
@@ -53,6 +67,7 @@ def load_model(
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             base.folder,
+            config=_config(base),
             dtype=dtype,
             attn_implementation=ATTENTIONS[attention],
             quantization_config=_quantization(quantize, dtype),
@@ -61,11 +76,11 @@ def load_model(
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        if is_out_of_memory(error):
             raise
         raise ModelError(
-            Problem(f"the base can't be loaded: {_first_line(error)}", where=str(base.folder), fix=_fix(error))
+            Problem(f"the base can't be loaded: {first_line(error)}", where=str(base.folder), fix=_fix(error))
         ) from error
     _check_complete(base, info)
     model.requires_grad_(False)
@@ -82,7 +97,7 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(
             Problem(
-                f"the tokenizer can't be loaded: {_first_line(error)}",
+                f"the tokenizer can't be loaded: {first_line(error)}",
                 where=str(folder),
                 fix="copy the tokenizer's files beside the weights",
             )
@@ -100,6 +115,25 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
+def tokenizer_folder(run: Path | None, base: Path) -> Path:
+    """Whose tokenizer counts: the run folder's where it has one, for that is what was trained with, else the base's."""
+    return run if run is not None and (run / "tokenizer_config.json").is_file() else base
+
+
+def check_vocabulary(model: "PreTrainedModel", examples: Iterable[Example]) -> None:
+    """Raise ModelError where the tokenizer has made a token that the model has no embedding for."""
+    example = max(examples, key=lambda example: max(example.input_ids))
+    highest = max(example.input_ids)
+    if highest >= (size := model.get_input_embeddings().num_embeddings):
+        raise ModelError(
+            Problem(
+                f"the tokenizer makes token {highest}, and the model has embeddings for 0 to {size - 1}",
+                where=str(example.row),
+                fix="use the tokenizer that belongs to the model: copy its files into the model's folder",
+            )
+        )
+
+
 def head_paths(model: "PreTrainedModel") -> set[str]:
     """The paths of the output projection: letters and `all-linear` leave it out."""
     head = model.get_output_embeddings()
@@ -113,6 +147,17 @@ def checkpoint_activations(model: "PreTrainedModel") -> None:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
     else:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+
+
+def _config(base: Base):
+    """The base's config with its own dropout off: `lora.dropout` is the only one, and 0 of it is none."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(base.folder, trust_remote_code=False)
+    for name in BASE_DROPOUTS:
+        if hasattr(config, name):
+            setattr(config, name, 0.0)
+    return config
 
 
 def _quantization(quantize: str, dtype: torch.dtype):
@@ -151,7 +196,3 @@ def _fix(error: Exception) -> str:
     if "flash" in text or "flex" in text:
         return "use `model.attention: sdpa`, or install what the message names"
     return "check that the folder is a causal language model with safetensors, complete and undamaged"
-
-
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -43,6 +43,12 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe
     return LoadedRecipe(recipe, {key: _origin(key, document) for key in keys()}, Path(path))
 
 
+def with_output(loaded: LoadedRecipe, output: str) -> LoadedRecipe:
+    """The recipe with another run folder, given by `--out`."""
+    recipe = loaded.recipe.model_copy(update={"output": output})
+    return replace(loaded, recipe=recipe, origins=loaded.origins | {"output": "--out"})
+
+
 def data_source(source: str, folder: Path) -> str:
     """A source of `data` as seen from anywhere: files are relative to the recipe's folder; hub ids and shares stay."""
     if share_of(source) is not None or not os.path.exists(folder / source):

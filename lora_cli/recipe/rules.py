@@ -12,8 +12,6 @@ from lora_cli.errors import Problem
 from lora_cli.recipe.document import shown
 from lora_cli.recipe.schema import Recipe, share_of
 
-POLYNOMIAL_END = 1e-7  # where transformers' polynomial schedule ends; it wants to start above
-
 
 class Rule(NamedTuple):
     keys: tuple[str, ...]
@@ -67,16 +65,6 @@ def evaluations_need_rows(recipe: Recipe) -> Problem | None:
     return Problem("`training.eval_steps` needs `data.eval`: there is nothing to evaluate", fix="set `data.eval: 5%`")
 
 
-def polynomial_ends_below_its_start(recipe: Recipe) -> Problem | None:
-    training = recipe.training
-    if training.lr_scheduler != "polynomial" or training.learning_rate > POLYNOMIAL_END:
-        return None
-    what = f"`training.lr_scheduler: polynomial` ends at {POLYNOMIAL_END:g}, which is not below the learning rate"
-    return Problem(
-        what, fix=f"set `training.learning_rate` above {POLYNOMIAL_END:g}, or `training.lr_scheduler: linear`"
-    )
-
-
 def patterns_compile(key: str, patterns: Iterable[str]) -> Problem | None:
     """PEFT's patterns are regular expressions."""
     for pattern in patterns:
@@ -100,7 +88,6 @@ RULES = (
     Rule(("training.micro_batch_size", "training.global_batch_size"), micro_batch_fits_the_global_batch),
     Rule(("training.early_stopping_patience", "training.eval_steps", "data.eval"), patience_needs_evaluations),
     Rule(("training.eval_steps", "data.eval", "training.sample_prompts"), evaluations_need_rows),
-    Rule(("training.lr_scheduler", "training.learning_rate"), polynomial_ends_below_its_start),
     Rule(("lora.targets",), lambda recipe: patterns_compile("lora.targets", _targets(recipe))),
     Rule(("lora.exclude",), lambda recipe: patterns_compile("lora.exclude", recipe.lora.exclude)),
     Rule(("lora.rank_pattern",), lambda recipe: patterns_compile("lora.rank_pattern", recipe.lora.rank_pattern)),

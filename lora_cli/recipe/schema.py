@@ -54,7 +54,7 @@ class Model(Block):
         "`int8` half, both at some speed and precision.",
     )
     attention: Literal["auto", "eager", "sdpa", "flash", "flex"] = Field(
-        "auto", description="Attention kernel; `auto` takes the fastest that this machine and model have."
+        "auto", description="Attention kernel; `auto` takes what transformers prefers for the model, mostly `sdpa`."
     )
 
 
@@ -189,14 +189,14 @@ class Training(Block):
         description="AdamW and its bitsandbytes forms: `8bit` keeps its state in a quarter of the memory, `paged` "
         "moves it to host memory when the device is full.",
     )
-    weight_decay: float = Field(0.0, ge=0, description="Pull of A and B towards zero at each step.")
+    weight_decay: float = Field(0.0, ge=0, description="Pull of the trained parameters towards zero at each step.")
     max_grad_norm: float = Field(
         1.0, ge=0, description="Gradients of a larger norm are scaled down to it; 0 clips nothing."
     )
     gradient_checkpointing: Literal["auto"] | bool = Field(
         "auto",
         description="Compute activations again in the backward pass instead of keeping them: far less memory, about a "
-        "third more time; `auto` turns it on when memory needs it.",
+        "third more time; `auto` turns it on for accelerators and leaves it off on a CPU.",
     )
     seed: int = Field(
         42, ge=0, le=2**32 - 1, description="Fixes the start of A, the order of rows, dropout and samples."
@@ -217,7 +217,7 @@ class Training(Block):
     early_stopping_patience: Positive | None = Field(
         None,
         description="Stop after this many evaluations in a row without a lower loss; needs `data.eval` and "
-        "`eval_steps`.",
+        "`eval_steps`. The adapter is the last one, not the best.",
         examples=[3],
     )
     sample_prompts: list[NonEmpty] = Field(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from lora_cli.errors import first_line
 from lora_cli.models.load import default_device, has_bfloat16
 
 PACKAGES = (
@@ -80,9 +81,7 @@ def _tried(what: str, layer: str) -> Ability:
         module = getattr(bitsandbytes.nn, layer)(64, 64, bias=False, **settings).to(default_device())
         module(torch.ones(1, 64, device=default_device()))
     except Exception as error:  # whatever it is, it is the finding
-        return Ability(
-            what, False, f"bitsandbytes: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-        )
+        return Ability(what, False, f"bitsandbytes: {first_line(error)}")
     return Ability(what, True, "bitsandbytes works on this device")
 
 

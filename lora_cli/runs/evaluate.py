@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from lora_cli.data.pipeline import DataReport, load_examples
@@ -14,16 +15,24 @@ from lora_cli.lora.base_files import fingerprint
 from lora_cli.lora.inject import disabled
 from lora_cli.lora.peft_format import load_adapter
 from lora_cli.models.base import Base, resolve_base
-from lora_cli.models.load import default_device, load_model, load_tokenizer, resolve_dtype
+from lora_cli.models.load import (
+    check_vocabulary,
+    default_device,
+    load_model,
+    load_tokenizer,
+    resolve_dtype,
+    tokenizer_folder,
+)
 from lora_cli.objectives.table import OBJECTIVES
-from lora_cli.recipe.reader import LoadedRecipe
-from lora_cli.recipe.schema import Data, Model
+from lora_cli.recipe.reader import LoadedRecipe, read_recipe
+from lora_cli.recipe.schema import Data, Model, Training
+from lora_cli.runs.folder import RunFolder
+from lora_cli.runs.record import trained_format
 from lora_cli.runs.train import load_rows
+from lora_cli.train import auto
 from lora_cli.train.loop import Settings
 from lora_cli.train.parallel import make_accelerator
 from lora_cli.train.task import Task
-
-ROWS_A_FORWARD = 8
 
 
 @dataclass(frozen=True)
@@ -34,6 +43,7 @@ class Loaded:
     model: object
     tokenizer: object
     adapter: Adapter | None
+    format: str | None  # of the rows it was trained on, where that is known
 
 
 @dataclass(frozen=True)
@@ -46,11 +56,11 @@ class Comparison:
 def load_pair(adapter_folder: Path | None, model: Model | None, *, allow_base_mismatch: bool = False) -> Loaded:
     """Load a base and put an adapter into it; `model` says how to hold the base, and may be left to the adapter."""
     adapter = load_adapter(adapter_folder) if adapter_folder else None
-    model = model or named_base(adapter, adapter_folder)
+    model = model or trained_base(adapter, adapter_folder)
     base = resolve_base(model.base, model.revision)
     if adapter:
         adapter.check_alive()
-        check_base(adapter, base, allow=allow_base_mismatch)
+        adapter.check_base(fingerprint(base.folder), base.folder, allow=allow_base_mismatch)
     device = default_device()
     loaded = load_model(
         base,
@@ -61,34 +71,33 @@ def load_pair(adapter_folder: Path | None, model: Model | None, *, allow_base_mi
     )
     if adapter:
         adapter.inject_into(loaded)
-    return Loaded(base, loaded, load_tokenizer(_tokenizer_folder(adapter_folder, base)), adapter)
+    tokenizer = load_tokenizer(tokenizer_folder(adapter_folder, base.folder))
+    return Loaded(base, loaded, tokenizer, adapter, trained_format(adapter_folder) if adapter_folder else None)
 
 
-def named_base(adapter: Adapter, folder: Path) -> Model:
-    """The base that an adapter's config names."""
+def trained_base(adapter: Adapter, folder: Path) -> Model:
+    """The base as the adapter was trained on it: its run's `model` block, else the name in the adapter's config."""
+    recipe = RunFolder(folder).recipe
+    if recipe.is_file():
+        return read_recipe(recipe).recipe.model
     if not adapter.config.base_model_name_or_path:
         raise ModelError(Problem("the adapter does not name its base", where=str(folder), fix="give it with `--base`"))
     return Model(base=adapter.config.base_model_name_or_path, revision=adapter.config.revision)
 
 
-def check_base(adapter: Adapter, base: Base, *, allow: bool) -> None:
-    """Raise ModelError where the adapter was trained on another base of the same shape."""
-    differences = adapter.base.differences(fingerprint(base.folder)) if adapter.base else []
-    if differences and not allow:
-        raise ModelError(
-            Problem(
-                f"the adapter was trained on another base: {len(differences)} sampled tensors differ, first {differences[0]}",
-                where=str(base.folder),
-                fix="give the base it was trained on with `--base`, or `--allow-base-mismatch` if you know better",
-            )
-        )
-
-
 def compare(loaded: Loaded, examples: Sequence[Example], report: DataReport) -> Comparison:
     """Held-out loss of the base and of base + adapter, on the same rows in the same batches."""
     task = Task(loaded.model, OBJECTIVES["sft"])
-    settings = Settings(ROWS_A_FORWARD, loaded.tokenizer.pad_token_id, 0, 0.0, None, None)
+    check_vocabulary(loaded.model, examples)
     accelerator = make_accelerator()
+    rows_a_forward = auto.micro_batch_size(
+        Training(),
+        longest=max(len(example.input_ids) for example in examples),
+        vocabulary=loaded.model.config.vocab_size,
+        processes=accelerator.num_processes,
+        device=accelerator.device,
+    )
+    settings = Settings(rows_a_forward)
     with disabled(loaded.model):
         base = held_out_loss(task, examples, settings, accelerator)
     adapted = held_out_loss(task, examples, settings, accelerator) if loaded.adapter else None
@@ -110,24 +119,19 @@ def rows_of_recipe(recipe: LoadedRecipe, tokenizer) -> tuple[list[Example], Data
 
 
 def rows_of_file(
-    source: str, tokenizer, *, folder: Path = Path(), max_length: int | None = None
+    source: str, tokenizer, *, format: str = "auto", max_length: int | None = None
 ) -> tuple[list[Example], DataReport]:
     """All rows of one source, relative to the current folder."""
     length = max_length or Data.model_fields["max_length"].default
-    return load_examples(source, folder=folder, format="auto", tokenizer=tokenizer, max_length=length)
+    return load_examples(source, folder=Path(), format=format, tokenizer=tokenizer, max_length=length)
 
 
 def side_by_side(loaded: Loaded, prompts: Sequence[str], max_new_tokens: int) -> dict[str, dict[str, str]]:
     """Prompt -> {"base": …, "adapter": …}: greedy answers from one load."""
+    ask = partial(answer, loaded.model, loaded.tokenizer, prompts, format=loaded.format, max_new_tokens=max_new_tokens)
     with disabled(loaded.model):
-        base = answer(loaded.model, loaded.tokenizer, prompts, max_new_tokens=max_new_tokens)
-    adapted = answer(loaded.model, loaded.tokenizer, prompts, max_new_tokens=max_new_tokens) if loaded.adapter else {}
+        base = ask()
+    adapted = ask() if loaded.adapter else {}
     return {
         prompt: {"base": base[prompt]} | ({"adapter": adapted[prompt]} if loaded.adapter else {}) for prompt in prompts
     }
-
-
-def _tokenizer_folder(adapter_folder: Path | None, base: Base) -> Path:
-    """The adapter's own tokenizer where it has one: that is what it was trained with."""
-    own = adapter_folder is not None and (adapter_folder / "tokenizer_config.json").is_file()
-    return adapter_folder if own else base.folder

@@ -1,6 +1,5 @@
 """A run folder: what lies in it, who may write to it, and how it comes into being."""
 
-import fcntl
 import json
 import os
 import socket
@@ -10,6 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_cli.errors import Problem, StorageError
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing keeps a second run out of the folder
+    fcntl = None
 
 
 @dataclass(frozen=True)
@@ -23,10 +27,6 @@ class RunFolder:
     @property
     def record(self) -> Path:
         return self.path / "run.json"
-
-    @property
-    def events(self) -> Path:
-        return self.path / "events.jsonl"
 
     @property
     def checkpoints(self) -> Path:
@@ -81,6 +81,9 @@ class RunFolder:
     def locked(self) -> Iterator[None]:
         """Hold the folder for this process alone; the lock goes with the process, however it ends."""
         with self.lock.open("a+") as file:
+            if fcntl is None:
+                yield
+                return
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:

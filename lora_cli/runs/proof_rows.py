@@ -1,29 +1,46 @@
-"""The rows on which a merge proves itself: those of the run that trained the adapter."""
+"""The rows on which a merge proves itself: some of those of the run that trained the adapter, kept in its folder."""
 
-import logging
+import json
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from lora_cli.errors import UserError
-from lora_cli.recipe.reader import read_recipe
-from lora_cli.runs.folder import RunFolder
-from lora_cli.runs.train import load_rows
+from lora_cli.errors import ModelError, Problem
+from lora_cli.export.proof import MOST_ROWS, MOST_TOKENS
+from lora_cli.runs.folder import write_json
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-log = logging.getLogger(__name__)
+FILE = "proof_rows.json"
+MOST_BYTES = MOST_ROWS * MOST_TOKENS * 24  # a number, its comma, its line and its indent
 
 
-def rows_for_proof(adapter_folder: Path, tokenizer: "PreTrainedTokenizerBase") -> Sequence[list[int]] | None:
-    """Tokens of the run's held-out rows, else of its training rows; None where the folder is no run or its data is gone."""
-    recipe = RunFolder(adapter_folder).recipe
-    if not recipe.is_file():
+def write_proof_rows(folder: Path, rows: Sequence[list[int]]) -> None:
+    """Keep the first rows with any token, and of each the tokens that a proof reads."""
+    write_json(folder / FILE, list(islice((row[:MOST_TOKENS] for row in rows if row), MOST_ROWS)))
+
+
+def rows_for_proof(adapter_folder: Path) -> list[list[int]] | None:
+    """Rows of token ids; None where the folder keeps none. Raises ModelError for a file that a run can't have written."""
+    file = adapter_folder / FILE
+    if not file.is_file():
         return None
     try:
-        rows = load_rows(read_recipe(recipe), tokenizer)
-    except UserError as error:
-        log.info("the run's own rows can't be read again (%s): other text is used", error.problems[0].what)
-        return None
-    return [example.input_ids for example in (rows.held_out or rows.train)]
+        found = json.loads(file.read_text()) if file.stat().st_size <= MOST_BYTES else None
+    except (ValueError, RecursionError):
+        found = None
+    if not (_is_list(found, most=MOST_ROWS) and all(_is_row(row) for row in found)):
+        raise ModelError(
+            Problem(
+                f"it is damaged: not a list of up to {MOST_ROWS} rows of up to {MOST_TOKENS} token ids",
+                where=str(file),
+                fix="delete it, or give rows of your own with `--data`",
+            )
+        )
+    return found
+
+
+def _is_row(row: object) -> bool:
+    return _is_list(row, most=MOST_TOKENS) and row != [] and all(type(token) is int and token >= 0 for token in row)
+
+
+def _is_list(value: object, most: int) -> bool:
+    return isinstance(value, list) and len(value) <= most

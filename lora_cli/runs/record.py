@@ -1,13 +1,16 @@
 """run.json: what a run was made from and what it ran on. Versions and settings; never a secret."""
 
+import json
 import platform
 import sys
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 
 from lora_cli.data.pipeline import DataReport
+from lora_cli.runs.folder import RunFolder
 from lora_cli.runs.parts import Run
 
 LIBRARIES = ("lora-cli", "torch", "transformers", "accelerate", "datasets", "bitsandbytes", "safetensors")
@@ -39,6 +42,15 @@ def record(run: Run) -> dict[str, object]:
 
 def _report(report: DataReport | None) -> dict | None:
     return None if report is None else asdict(report)
+
+
+def trained_format(folder: Path) -> str | None:
+    """The format of the rows that a run folder's adapter was trained on; None where the folder is no run."""
+    try:
+        formats = json.loads((RunFolder(folder).record).read_text())["data"]["train"]["formats"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return next(iter(formats.values()), None)
 
 
 def machine() -> dict[str, object]:

@@ -2,6 +2,7 @@
 
 from torch.optim import Optimizer
 
+from lora_cli.data.pipeline import fingerprint
 from lora_cli.errors import Problem, RecipeError
 from lora_cli.runs.parts import Run
 from lora_cli.train.checkpoint import newest_checkpoint, restore
@@ -17,7 +18,7 @@ FREE_TO_CHANGE = (
     "training.max_time",
     "training.sample_prompts",
 )
-# The fingerprint of the rows stands for these.
+# The fingerprints of the examples that came from them stand for these.
 SOURCES = ("data.train", "data.eval")
 
 
@@ -48,4 +49,9 @@ def comparable(run: Run) -> dict[str, object]:
     blocks = run.recipe.model_dump(mode="json", exclude={"output"})
     values = {f"{block}.{key}": value for block, found in blocks.items() for key, value in found.items()}
     kept = {key: value for key, value in values.items() if key not in (*FREE_TO_CHANGE, *SOURCES)}
-    return kept | {"base": run.fingerprint.short, "rows": run.rows.report.fingerprint}
+    return kept | {
+        "dtype": str(run.dtype),  # what `auto` came to
+        "base": run.fingerprint.short,
+        "training rows": fingerprint(run.rows.train),
+        "held-out rows": fingerprint(run.rows.held_out),
+    }

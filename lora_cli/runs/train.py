@@ -29,8 +29,9 @@ from lora_cli.lora.inject import frozen_digest, inject, linears
 from lora_cli.lora.peft_format import load_adapter, save_adapter
 from lora_cli.lora.targets import choose_targets, fused_notices, shortest_suffixes
 from lora_cli.lora.weights import storage_of
-from lora_cli.models.base import Base, resolve_base
+from lora_cli.models.base import resolve_base
 from lora_cli.models.load import (
+    check_vocabulary,
     checkpoint_activations,
     default_device,
     head_paths,
@@ -43,6 +44,7 @@ from lora_cli.recipe.reader import LoadedRecipe, resolved_yaml
 from lora_cli.recipe.schema import Recipe, seconds_of, share_of
 from lora_cli.runs.folder import RunFolder, write_json
 from lora_cli.runs.parts import Rows, Run
+from lora_cli.runs.proof_rows import write_proof_rows
 from lora_cli.runs.record import record
 from lora_cli.runs.resume import comparable, continued
 from lora_cli.train import auto
@@ -51,7 +53,7 @@ from lora_cli.train.events import Event, Started
 from lora_cli.train.loop import Actions, Progress, Settings, train
 from lora_cli.train.optim import make_optimizer, make_schedule
 from lora_cli.train.parallel import local_rank, make_accelerator
-from lora_cli.train.sinks import open_sinks
+from lora_cli.train.sinks import check_trackers, open_sinks
 from lora_cli.train.task import Task
 
 if TYPE_CHECKING:
@@ -62,7 +64,7 @@ log = logging.getLogger(__name__)
 
 # What `finish` has checked, or it would not have returned.
 PROOFS = [
-    "every value finite, some lora_B not zero",
+    "every value finite, some lora_B · lora_A not zero",
     "frozen base unchanged",
     "adapter read back equal to what was trained",
 ]
@@ -71,11 +73,13 @@ PROOFS = [
 def prepare(loaded: LoadedRecipe, folder: RunFolder) -> Run:
     """Make the parts of a run. What needs no weights comes first, so that mistakes are found in seconds."""
     recipe = loaded.recipe
+    check_trackers(recipe.training.trackers)
     device = default_device(local_rank())
     dtype = _training_dtype(recipe, device)
     accelerator = make_accelerator()
-    with accelerator.main_process_first():
+    with accelerator.local_main_process_first():
         base = resolve_base(recipe.model.base, recipe.model.revision)
+    identity = fingerprint(base.folder)
     tokenizer = load_tokenizer(base.folder)
     rows = load_rows(loaded, tokenizer)
     training = recipe.training
@@ -88,11 +92,12 @@ def prepare(loaded: LoadedRecipe, folder: RunFolder) -> Run:
     model = load_model(
         base, dtype=dtype, quantize=recipe.model.quantize, attention=recipe.model.attention, device=device
     )
+    check_vocabulary(model, (*rows.train, *rows.held_out))
     paths = target_paths(recipe, model)
     for notice in fused_notices(recipe.lora.targets, paths):
         log.info(notice)
     adapted = {path: model.get_submodule(path) for path in paths}
-    budget = _budget(recipe, model, adapted, base)
+    budget = _budget(recipe, model, adapted)
     config = recipe.lora.config(
         shortest_suffixes(paths, [name for name, _ in model.named_modules()]), base=base.name, revision=base.revision
     )
@@ -103,7 +108,7 @@ def prepare(loaded: LoadedRecipe, folder: RunFolder) -> Run:
         loaded=loaded,
         folder=folder,
         base=base,
-        fingerprint=fingerprint(base.folder),
+        fingerprint=identity,
         tokenizer=tokenizer,
         rows=rows,
         model=model,
@@ -111,7 +116,7 @@ def prepare(loaded: LoadedRecipe, folder: RunFolder) -> Run:
         transposed=any(storage_of(module).transposed for module in adapted.values()),
         budget=budget,
         plan=planned,
-        settings=_settings(recipe, rows, tokenizer.pad_token_id, accelerator, device),
+        settings=_settings(recipe, rows, model.config.vocab_size, accelerator, device),
         dtype=dtype,
         accelerator=accelerator,
         frozen=frozen_digest(model),
@@ -150,6 +155,7 @@ def finish(run: Run) -> Adapter:
         raise RuntimeError("the frozen base has changed during training")
     save_adapter(adapter, run.folder.path, transposed=run.transposed)
     run.tokenizer.save_pretrained(run.folder.path)
+    write_proof_rows(run.folder.path, [row.input_ids for row in (run.rows.held_out or run.rows.train)])
     _check_same(adapter, load_adapter(run.folder.path), run.folder.path)
     write_json(run.folder.record, record(run) | {"proofs": PROOFS})
     return adapter
@@ -210,7 +216,7 @@ def _actions(run: Run, task: Task, optimizer, parameters) -> Actions:
         return measured.loss, measured.tokens
 
     def sample() -> dict[str, str]:
-        return answer(run.model, run.tokenizer, training.sample_prompts)
+        return answer(run.model, run.tokenizer, training.sample_prompts, format=run.rows.report.format)
 
     def save(progress: Progress) -> str:
         if run.accelerator.is_main_process:
@@ -230,14 +236,17 @@ def _actions(run: Run, task: Task, optimizer, parameters) -> Actions:
     return Actions(evaluate if run.rows.held_out else None, sample if training.sample_prompts else None, save)
 
 
-def _settings(recipe: Recipe, rows: Rows, pad_id: int, accelerator: Accelerator, device: torch.device) -> Settings:
+def _settings(recipe: Recipe, rows: Rows, vocabulary: int, accelerator: Accelerator, device: torch.device) -> Settings:
     training = recipe.training
     longest = max(len(example.input_ids) for example in (*rows.train, *rows.held_out))
     return Settings(
         micro_batch_size=auto.micro_batch_size(
-            training, longest=longest, processes=accelerator.num_processes, device=device
+            training,
+            longest=longest,
+            vocabulary=vocabulary,
+            processes=accelerator.num_processes,
+            device=device,
         ),
-        pad_id=pad_id,
         seed=training.seed,
         max_grad_norm=training.max_grad_norm,
         eval_steps=training.eval_steps,
@@ -258,7 +267,7 @@ def _training_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
     return resolve_dtype(recipe.model.dtype, device)
 
 
-def _budget(recipe: Recipe, model: nn.Module, adapted: dict[str, nn.Module], base: Base) -> Budget:
+def _budget(recipe: Recipe, model: nn.Module, adapted: dict[str, nn.Module]) -> Budget:
     """Counted on the real modules, before they are wrapped; a quantised base counts as the weights it stands for."""
     shapes = {path: storage_of(module).shape(module) for path, module in adapted.items()}
     counted = [Linear(path, in_features, out_features) for path, (out_features, in_features) in shapes.items()]
@@ -273,13 +282,11 @@ def _budget(recipe: Recipe, model: nn.Module, adapted: dict[str, nn.Module], bas
 
 
 def _check_same(trained: Adapter, saved: Adapter, folder: Path) -> None:
-    for path, factors in trained.layers.items():
-        again = saved.layers.get(path)
-        if again is None or not torch.equal(factors.A, again.A) or not torch.equal(factors.B, again.B):
-            raise ModelError(
-                Problem(
-                    f"what was saved is not what was trained: {path}",
-                    where=str(folder),
-                    fix="resume from the last checkpoint; check the disk",
-                )
+    if saved.digest() != trained.digest():
+        raise ModelError(
+            Problem(
+                "what was saved is not what was trained",
+                where=str(folder),
+                fix="resume from the last checkpoint; check the disk",
             )
+        )

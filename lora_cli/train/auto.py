@@ -8,12 +8,21 @@ from lora_cli.recipe.schema import Training
 TOKENS_PER_FORWARD = {"cpu": 1024, "cuda": 16384}
 
 
-def micro_batch_size(settings: Training, *, longest: int, processes: int, device: torch.device) -> int:
+# Logits are the largest tensor of a step: in the model's type, in float32, as probabilities, and as gradient
+BYTES_A_LOGIT = 16
+LOGITS_SHARE = 0.25  # of the free memory, once the base is loaded
+
+
+def micro_batch_size(settings: Training, *, longest: int, vocabulary: int, processes: int, device: torch.device) -> int:
     """Rows a forward: the largest power of two that the step, and rows of the longest length, leave room for."""
     if settings.micro_batch_size != "auto":
         return settings.micro_batch_size
     per_device = -(-settings.global_batch_size // processes)
-    room = TOKENS_PER_FORWARD.get(device.type, TOKENS_PER_FORWARD["cpu"]) // max(1, longest)
+    tokens = TOKENS_PER_FORWARD.get(device.type, TOKENS_PER_FORWARD["cpu"])
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        tokens = min(tokens, int(free * LOGITS_SHARE) // (BYTES_A_LOGIT * vocabulary))
+    room = tokens // max(1, longest)
     return 1 << max(0, min(per_device, room).bit_length() - 1)
 
 

@@ -60,7 +60,8 @@ def save_checkpoint(
     """Write one checkpoint, then remove the oldest above `keep`. Returns its folder, whole and on the disk."""
     folder = checkpoints / f"{PREFIX}{progress.step:07d}"
     draft = checkpoints / f"{DRAFT}{folder.name}-{os.getpid()}"
-    shutil.rmtree(draft, ignore_errors=True)
+    for left_behind in checkpoints.glob(f"{DRAFT}*"):  # by a process that was killed
+        shutil.rmtree(left_behind)
     save_adapter(adapter, draft, transposed=transposed)
     tensors, scalars = optimizer_state(optimizer, parameters)
     (draft / OPTIMIZER).write_bytes(save(tensors))
@@ -150,7 +151,8 @@ def _fused(optimizer: Optimizer) -> bool:
 
 def _by_step(checkpoints: Path) -> list[Path]:
     """Oldest first, by the number in the name: a clock may jump, a number does not."""
-    return sorted(path for path in checkpoints.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit())
+    found = [path for path in checkpoints.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix(PREFIX)))
 
 
 def _manifest(folder: Path) -> dict[str, dict]:
@@ -164,13 +166,16 @@ def _fault(folder: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError):
+        listed = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"no readable {MANIFEST}"
-    for name, entry in manifest.items():
+    if not {OPTIMIZER, STATE} <= set(listed):
+        return f"no readable {MANIFEST}"
+    for name, (size, digest) in listed.items():
         file = folder / name
-        if not file.is_file() or file.stat().st_size != entry["bytes"]:
+        if not file.is_file() or file.stat().st_size != size:
             return f"{name} is missing or cut"
-        if hashlib.sha256(file.read_bytes()).hexdigest() != entry["sha256"]:
+        if hashlib.sha256(file.read_bytes()).hexdigest() != digest:
             return f"{name} has changed"
     return None
 

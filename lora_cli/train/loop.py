@@ -31,11 +31,10 @@ class Settings:
     """How the loop goes about it, with every `auto` resolved."""
 
     micro_batch_size: int
-    pad_id: int
-    seed: int
-    max_grad_norm: float
-    eval_steps: int | None
-    save_steps: int | None
+    seed: int = 0
+    max_grad_norm: float = 0.0
+    eval_steps: int | None = None
+    save_steps: int | None = None
     max_seconds: float | None = None
     patience: int | None = None
 
@@ -47,7 +46,7 @@ class Progress:
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
-    best_loss: float = math.inf
+    best_loss: float | None = None
     evaluations_without_gain: int = 0
 
 
@@ -144,14 +143,21 @@ def micro_batches(rows: Rows, settings: Settings, *, rank: int, processes: int) 
     mine += [(places[0], blank(rows[places[0]]))] * (share - len(mine))
     size = settings.micro_batch_size
     chunks = [mine[i : i + size] for i in range(0, len(mine), size)]
-    return [(chunk[0][0], collate([row for _, row in chunk], pad_id=settings.pad_id)) for chunk in chunks]
+    return [(chunk[0][0], collate([row for _, row in chunk])) for chunk in chunks]
 
 
 def _measure(actions: Actions, progress: Progress) -> Iterator[Event]:
     if actions.evaluate:
         loss, tokens = actions.evaluate()
-        best = loss < progress.best_loss
-        progress.best_loss = min(loss, progress.best_loss)
+        if not math.isfinite(loss):
+            raise DivergedError(
+                Problem(
+                    f"after step {progress.step} the held-out loss is {loss}",
+                    fix="lower `training.learning_rate`; the last checkpoint is untouched",
+                )
+            )
+        best = progress.best_loss is None or loss < progress.best_loss
+        progress.best_loss = loss if best else progress.best_loss
         progress.evaluations_without_gain = 0 if best else progress.evaluations_without_gain + 1
         yield Evaluated(progress.step, loss, math.exp(min(loss, 700)), tokens, best)
     if actions.sample:

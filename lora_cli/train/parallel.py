@@ -1,17 +1,65 @@
 """The processes of a run: one Accelerator, whether this is the only process or one of torchrun's workers."""
 
+import hashlib
 import logging
 import os
+import warnings
+from collections.abc import Mapping
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import DistributedType, GradientAccumulationPlugin
+
+from lora_cli.errors import DistributedError, Problem, RecipeError
+
+SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+FIX = "use `distributed_type: MULTI_GPU`, MULTI_CPU or NO (data parallel), or start with `lora train --processes N`"
+
+# What `accelerate launch` asks for through the environment, and would not get
+NOT_SUPPORTED = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
+}
 
 
 def make_accelerator() -> Accelerator:
-    """On the GPUs where there are any, else on the CPU (gloo). Loads and steps are ours, so it neither casts nor accumulates."""
+    """On the GPUs where there are any, else on the CPU (gloo). Loads and steps are ours, so it neither casts nor accumulates.
+
+    What `accelerate launch` sets in the environment changes neither; RecipeError where it asks for more than data parallel.
+    """
+    _check_environment()
+    # torch has a new name for it, which Accelerate does not pass on yet
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     # The frozen base has no buffers that could drift apart, and every parameter gets a gradient in every step.
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-    return Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[ddp])
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),
+        mixed_precision="no",
+        dynamo_backend="no",
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        kwargs_handlers=[ddp],
+    )
+    if accelerator.distributed_type not in SUPPORTED:
+        raise _unsupported(accelerator.distributed_type.value)
+    return accelerator
+
+
+def agree(accelerator: Accelerator, values: Mapping[str, object]) -> None:
+    """Raise DistributedError, on every process, that names the values in which a process differs from the first."""
+    digests = [hashlib.sha256(repr(value).encode()).digest()[:8] for value in values.values()]
+    mine = torch.tensor([[int.from_bytes(digest, "big", signed=True) for digest in digests]], device=accelerator.device)
+    every = accelerator.gather(mine)  # [processes, values]
+    differs = (every != every[0]).any(dim=0).tolist()
+    if any(differs):
+        names = ", ".join(name for name, different in zip(values, differs, strict=True) if different)
+        raise DistributedError(
+            Problem(
+                f"the processes do not agree on {names}",
+                fix="give every machine the same recipe, base and data, and an `output` on a disk that all of them share",
+            )
+        )
 
 
 def local_rank() -> int:
@@ -29,3 +77,26 @@ def leave_group() -> None:
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+
+
+def _check_environment() -> None:
+    """Before Accelerate reads it: it would import DeepSpeed, and drop FSDP on a CPU without a word."""
+    for variable, name in NOT_SUPPORTED.items():
+        if _is_on(variable):
+            raise _unsupported(name)
+    if _is_on("ACCELERATE_USE_CPU") and torch.cuda.is_available():
+        raise RecipeError(
+            Problem(
+                "`use_cpu` of the launcher is not supported where GPUs are visible",
+                where="ACCELERATE_USE_CPU",
+                fix='hide them with CUDA_VISIBLE_DEVICES=""',
+            )
+        )
+
+
+def _is_on(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in ("1", "true", "yes", "on")
+
+
+def _unsupported(name: str) -> RecipeError:
+    return RecipeError(Problem(f"training with {name} is not supported", fix=FIX))

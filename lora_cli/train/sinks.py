@@ -3,12 +3,20 @@
 import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 from lora_cli.errors import Problem, RecipeError
 from lora_cli.train.events import Evaluated, Event, Sampled, Step
 
 Sink = Callable[[Event], None]
+
+
+def check_trackers(names: list[str]) -> None:
+    """Raise RecipeError for a tracker whose package is missing: before a run loads anything."""
+    if "tensorboard" in names and find_spec("tensorboard") is None:
+        what = "`training.trackers: [tensorboard]` needs the package `tensorboard`"
+        raise RecipeError(Problem(what, fix="pip install 'lora-cli[tensorboard]', or leave the tracker out"))
 
 
 @contextmanager
@@ -32,12 +40,8 @@ def _jsonl(folder: Path) -> Iterator[Sink]:
 
 @contextmanager
 def _tensorboard(folder: Path) -> Iterator[Sink]:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise RecipeError(
-            Problem("`training.trackers: [tensorboard]` needs the package", fix="pip install 'lora-cli[tensorboard]'")
-        ) from error
+    from torch.utils.tensorboard import SummaryWriter
+
     writer = SummaryWriter(str(folder / "tensorboard"))
 
     def write(event: Event) -> None:

@@ -1,16 +1,20 @@
+import io
 import json
 from dataclasses import replace
 
 import pytest
 import typer
+import yaml
+from rich.console import Console
 from typer.testing import CliRunner
 
+from lora_cli.cli import console
 from lora_cli.cli.export import export
-from lora_cli.cli.merge import merge
+from lora_cli.cli.merge import _note_quantised, merge, weights_bar
 from lora_cli.cli.unmerge import unmerge
 from lora_cli.errors import DataError, ModelError, RecipeError, SafetyError, StorageError, UserError
-from lora_cli.export.merged import adapter_hash
 from lora_cli.lora.peft_format import load_adapter, save_adapter
+from lora_cli.runs.proof_rows import write_proof_rows
 
 
 @pytest.fixture
@@ -86,7 +90,7 @@ def test_rows_that_cannot_be_read_are_named(run, trained, tmp_path):
     _, out = trained()
     (tmp_path / "rows.jsonl").write_text("{\n")
 
-    with pytest.raises(DataError, match="rows.jsonl:1"):
+    with pytest.raises(DataError, match=r"rows\.jsonl:1"):
         run("merge", "--adapter", out, "--data", tmp_path / "rows.jsonl")
     assert not (out / "merged").exists()
 
@@ -102,7 +106,7 @@ def test_merge_refuses_what_it_cannot_do_with_the_class_of_its_exit_code(run, tr
     with pytest.raises(ModelError, match="merged into this base already"):
         run("merge", "--adapter", out, "--base", out / "merged", "--out", tmp_path / "twice")
     base("llama", seed=5)
-    with pytest.raises(ModelError, match="not the base that the adapter was trained on"):
+    with pytest.raises(ModelError, match="the adapter was trained on another base"):
         run("merge", "--adapter", out, "--out", tmp_path / "other")
     assert "NOT the base" in run("merge", "--adapter", out, "--out", tmp_path / "other", "--allow-base-mismatch")
 
@@ -126,6 +130,78 @@ def test_unmerge_says_how_exactly(run, trained, tmp_path):
     assert (tmp_path / "back/model.safetensors").is_file()
 
 
+@pytest.mark.parametrize("merged", ["missing", "out/missing", "file"])
+def test_unmerge_takes_nothing_but_a_folder(run, trained, tmp_path, monkeypatch, merged):
+    _, out = trained()
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.chdir(tmp_path)
+
+    with pytest.raises(ModelError, match=f"there is no such folder\n  --> {merged}\n") as error:
+        run("unmerge", "--merged", merged, "--adapter", out, "--out", "back")
+    assert "--merged" in error.value.problems[0].fix
+
+
+def test_merge_proves_on_the_rows_that_the_run_kept(run, trained):
+    _, out = trained()
+    write_proof_rows(out, [list(range(3, 13)), list(range(20, 40))])
+
+    found = json.loads(run("merge", "--adapter", out, "--json"))
+
+    assert found["proof"]["positions"] == 30
+
+
+def test_without_kept_rows_merge_proves_on_sentences_with_the_run_s_tokenizer(run, trained, tmp_path):
+    folder, out = trained()
+    for file in folder.glob("tokenizer*"):
+        (out / file.name).write_bytes(file.read_bytes())
+        file.unlink()
+
+    assert json.loads(run("merge", "--adapter", out, "--json"))["proof"]["positions"] > 100
+
+
+@pytest.mark.parametrize("quantize", ["nf4", "int8", "none"])
+def test_merging_what_was_trained_on_a_quantised_base_says_so_in_one_line(run, trained, capsys, quantize):
+    folder, out = trained()
+    recipe = {"model": {"base": str(folder), "quantize": quantize}, "data": {"train": "x.jsonl"}}
+    (out / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+
+    _note_quantised(out)
+
+    said = f"the adapter was trained on the base quantised to {quantize}; it is merged into the base as it is stored\n"
+    assert capsys.readouterr().err == ("" if quantize == "none" else said)
+
+
+def test_a_recipe_that_cannot_be_read_does_not_stop_a_merge(run, trained):
+    _, out = trained()
+    (out / "recipe.yaml").write_text("tool: another\n")
+
+    run("merge", "--adapter", out)
+
+    assert (out / "merged/model.safetensors").is_file()
+
+
+def test_nothing_moves_where_stderr_is_no_terminal_or_no_color_is_set(monkeypatch):
+    for settings, moves in [({}, True), ({"no_color": True}, False), ({"force_terminal": False}, False)]:
+        monkeypatch.setattr(console, "err", _terminal(**settings))
+
+        with weights_bar("merging", then="proving") as progress:
+            assert (progress is not None) is moves
+
+
+def test_the_bar_makes_room_for_the_proof_when_all_is_written(monkeypatch):
+    terminal = _terminal()
+    monkeypatch.setattr(console, "err", terminal)
+
+    with weights_bar("merging", then="proving") as progress:
+        progress(1, 2)
+        assert "proving" not in terminal.file.getvalue()
+        progress(2, 2)
+        progress(2, 2)
+    _, shown, after = terminal.file.getvalue().partition("proving")
+    assert shown
+    assert "merging" not in after
+
+
 @pytest.mark.parametrize(("name", "transposed"), [("llama", False), ("gpt2", True)])
 def test_exported_to_peft_the_adapter_is_the_same_and_alone(run, trained, tmp_path, name, transposed):
     _, out = trained(name, transposed=transposed)
@@ -138,7 +214,7 @@ def test_exported_to_peft_the_adapter_is_the_same_and_alone(run, trained, tmp_pa
         "adapter_config.json", "adapter_model.safetensors"
     ]  # fmt: skip
     assert (tmp_path / "clean/adapter_config.json").read_text() == (out / "adapter_config.json").read_text()
-    assert adapter_hash(load_adapter(tmp_path / "clean")) == adapter_hash(load_adapter(out))
+    assert load_adapter(tmp_path / "clean").digest() == load_adapter(out).digest()
 
 
 def test_exported_to_merged_is_what_merge_writes(run, trained, tmp_path):
@@ -156,6 +232,10 @@ def test_an_unknown_format_is_refused_with_those_there_are(run, trained):
 
     with pytest.raises(RecipeError, match="`--to` knows no format 'onnx'\n  fix: take one of peft, merged"):
         run("export", "--adapter", out, "--to", "onnx")
+
+
+def _terminal(**settings) -> Console:
+    return Console(**{"file": io.StringIO(), "force_terminal": True, "no_color": False} | settings, _environ={})
 
 
 def test_the_commands_import_no_torch_before_they_need_it():

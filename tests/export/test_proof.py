@@ -3,6 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from lora_cli.errors import DataError, ModelError, OutOfMemoryError
 from lora_cli.export import proof
@@ -10,6 +11,8 @@ from lora_cli.export.merged import merge
 from lora_cli.export.proof import compute_dtype, prove
 from lora_cli.lora.adapter import Adapter, Factors
 from lora_cli.models.base import Base
+
+logits = proof._logits
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -138,14 +141,31 @@ def test_two_models_are_never_in_memory_at_once(tmp_path, base, adapter_of, rows
     assert most == [0, 0]
 
 
-def test_rows_are_cut_to_a_bounded_number_of_positions(tmp_path, base, adapter_of):
+def test_rows_that_begin_alike_are_read_whole_and_compared_at_their_ends(
+    tmp_path, base, adapter_of, logits_with, monkeypatch
+):
     folder = base("llama")
     adapter = adapter_of(folder)
     merge(folder, adapter, tmp_path / "merged")
+    template = [3] * 40
+    rows = [template + [5 + i, 60 + i, 7] * 9 for i in range(20)] + [[]]
+    read = []
+    monkeypatch.setattr(proof, "_logits", lambda model, rows: read.append(rows) or logits(model, rows))
 
-    found = prove(Base("llama", folder), adapter, tmp_path / "merged", [[3] * 100] * 50 + [[]])
+    found = prove(Base("llama", folder), adapter, tmp_path / "merged", rows)
 
+    assert {tuple(map(tuple, rows[:16]))} == {tuple(fed) for fed in read}
     assert found.positions == 256
+    ends = [_row_logits(folder, adapter, row)[-16:] for row in rows[:16]]
+    assert found.largest_logit == pytest.approx(max(float(end.abs().max()) for end in ends), rel=1e-5)
+    contexts = {tuple(row[: len(row) - back]) for row in rows[:16] for back in range(16)}
+    assert len(contexts) == 256
+
+
+def test_the_same_row_counts_once_and_a_long_one_is_cut(tmp_path, base, adapter_of):
+    rows = proof._bounded([[3] * 600, [4, 5], [4, 5], [3] * 700], vocabulary=320)
+
+    assert rows == [(3,) * 512, (4, 5)]
 
 
 def test_rows_that_the_model_cannot_read_are_refused(tmp_path, base, adapter_of):
@@ -156,6 +176,13 @@ def test_rows_that_the_model_cannot_read_are_refused(tmp_path, base, adapter_of)
         prove(Base("llama", folder), adapter, folder, [[]])
     with pytest.raises(ModelError, match="the tokenizer has an id 320, and the base has 320 embeddings"):
         prove(Base("llama", folder), adapter, folder, [[320]])
+
+
+def _row_logits(folder, adapter: Adapter, row: list[int]) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    adapter.inject_into(model)
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([row])).logits[0]
 
 
 def _kl(P: torch.Tensor, Q: torch.Tensor) -> float:

@@ -169,14 +169,7 @@ def test_a_key_given_twice_names_the_line_of_the_first():
     ]
 
 
-def test_a_polynomial_schedule_must_start_above_its_end():
-    text = with_line("training", "lr_scheduler: polynomial").replace("epochs: 1", "learning_rate: 1e-7")
 
-    assert problems(text) == [
-        "error: `training.lr_scheduler: polynomial` ends at 1e-07, which is not below the learning rate\n"
-        "  --> r.yaml:8:3\n     | lr_scheduler: polynomial\n"
-        "  fix: set `training.learning_rate` above 1e-07, or `training.lr_scheduler: linear`"
-    ]
 
 
 @pytest.mark.parametrize(
