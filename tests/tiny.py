@@ -28,18 +28,18 @@ CHATML = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
-_SHAPE = dict(
-    vocab_size=VOCABULARY,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=256,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
-)
+_SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 
 CONFIGS = {
     "llama": lambda: LlamaConfig(**_SHAPE, tie_word_embeddings=False),
@@ -55,7 +55,9 @@ CONFIGS = {
         vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=256, bos_token_id=1, eos_token_id=2
     ),
     "gpt_neox": lambda: GPTNeoXConfig(**_without("num_key_value_heads")),
-    "opt": lambda: OPTConfig(**_without("num_key_value_heads", "intermediate_size"), ffn_dim=48, word_embed_proj_dim=32),
+    "opt": lambda: OPTConfig(
+        **_without("num_key_value_heads", "intermediate_size"), ffn_dim=48, word_embed_proj_dim=32
+    ),
     "falcon": lambda: FalconConfig(**_without("num_key_value_heads", "intermediate_size"), ffn_hidden_size=48),
     "mixtral": lambda: MixtralConfig(**_SHAPE, num_local_experts=4, num_experts_per_tok=2),
 }
@@ -71,7 +73,9 @@ def tiny_model(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) 
     return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
-def tiny_base(folder: Path, name: str = "llama", *, dtype: torch.dtype = torch.float32, seed: int = 0, **saving) -> Path:
+def tiny_base(
+    folder: Path, name: str = "llama", *, dtype: torch.dtype = torch.float32, seed: int = 0, **saving
+) -> Path:
     """A folder with a tiny model and its tokenizer, as `save_pretrained` writes them."""
     tiny_model(name, dtype=dtype, seed=seed).save_pretrained(folder, **saving)
     byte_tokenizer().save_pretrained(folder)
@@ -85,7 +89,10 @@ def byte_tokenizer(template: str | None = CHATML) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=VOCABULARY,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(["the cat sat on the mat", "what is the answer to that question"], trainer)
     fast = PreTrainedTokenizerFast(

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lora_cli.data.render import Renderer
+from lora_cli.errors import ModelError, Problem
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -41,7 +42,7 @@ def _generate(model, tokenizer, prompts: Sequence[str], format: str | None, max_
         out = model.generate(
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=min(max_new_tokens, _room(model, width)),
             do_sample=False,
             use_cache=True,
             pad_token_id=tokenizer.pad_token_id,
@@ -51,6 +52,16 @@ def _generate(model, tokenizer, prompts: Sequence[str], format: str | None, max_
             top_k=None,
         )
     return [text.strip() for text in tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)]
+
+
+def _room(model, width: int) -> int:
+    """Tokens that still fit behind a prompt: a model with learned positions has none beyond its last."""
+    most = getattr(model.config, "max_position_embeddings", None) or width + 10**9
+    if width >= most:
+        raise ModelError(
+            Problem(f"a prompt has {width} tokens, and the model reads {most} at most", fix="shorten the prompt")
+        )
+    return most - width
 
 
 def _stop_ids(model, tokenizer) -> list[int]:

@@ -57,10 +57,11 @@ def _read(folder: Path, file: Path):
     """Model and tokenizer of the one GGUF file in `folder`; `file` is what the user knows it by."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    reader = _reader(file)
     source = {"pretrained_model_name_or_path": str(folder), "gguf_file": file.name, "trust_remote_code": False}
     try:
-        model = AutoModelForCausalLM.from_pretrained(**source, dtype=_float_type(file))
-        return model, AutoTokenizer.from_pretrained(**source)
+        model = AutoModelForCausalLM.from_pretrained(**source, dtype=_float_type(reader))
+        tokenizer = AutoTokenizer.from_pretrained(**source)
     except (ValueError, KeyError, OSError, NotImplementedError) as error:
         raise ModelError(
             Problem(
@@ -69,13 +70,19 @@ def _read(folder: Path, file: Path):
                 fix="give the model's folder or hub id as `model.base`",
             )
         ) from error
+    _name_special_tokens(tokenizer, reader)
+    return model, tokenizer
 
 
-def _float_type(file: Path):
-    """The type that holds the file's matrices best: their own where they are floats; float16 for quantised ones, which
-    keeps three bits more of them than bfloat16."""
-    import torch
+def _name_special_tokens(tokenizer, reader) -> None:
+    """The special tokens that the file names by number and that transformers before 5.18 left out."""
+    for role in ("bos", "eos", "unk"):
+        field = reader.fields.get(f"tokenizer.ggml.{'unknown' if role == 'unk' else role}_token_id")
+        if field is not None and getattr(tokenizer, f"{role}_token") is None:
+            setattr(tokenizer, f"{role}_token", tokenizer.convert_ids_to_tokens(int(field.contents())))
 
+
+def _reader(file: Path):
     try:
         from gguf import GGUFReader
     except ImportError as error:
@@ -83,10 +90,18 @@ def _float_type(file: Path):
             Problem("reading a GGUF file needs the `gguf` package", where=str(file), fix="pip install 'lora-cli[gguf]'")
         ) from error
     try:
-        found = {tensor.tensor_type.name for tensor in GGUFReader(file).tensors if len(tensor.shape) > 1}
+        return GGUFReader(file)
     except (ValueError, IndexError, OSError) as error:
         what = f"it is no GGUF file, or damaged: {first_line(error)}"
         raise ModelError(Problem(what, where=str(file), fix="download it again")) from error
+
+
+def _float_type(reader):
+    """The type that holds the file's matrices best: their own where they are floats; float16 for quantised ones, which
+    keeps three bits more of them than bfloat16."""
+    import torch
+
+    found = {tensor.tensor_type.name for tensor in reader.tensors if len(tensor.shape) > 1}
     floats = {"F32": torch.float32, "BF16": torch.bfloat16}
     return next((dtype for name, dtype in floats.items() if name in found), torch.float16)
 

@@ -1,7 +1,7 @@
 """Model and tokenizer in memory: frozen, on one device, quantised or not. What is `auto` is decided here."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -120,18 +120,30 @@ def tokenizer_folder(run: Path | None, base: Path) -> Path:
     return run if run is not None and (run / "tokenizer_config.json").is_file() else base
 
 
-def check_vocabulary(model: "PreTrainedModel", examples: Iterable[Example]) -> None:
-    """Raise ModelError where the tokenizer has made a token that the model has no embedding for."""
-    example = max(examples, key=lambda example: max(example.input_ids))
-    highest = max(example.input_ids)
+def check_vocabulary(model: "PreTrainedModel", examples: Sequence[Example]) -> None:
+    """Raise ModelError for a token that the model has no embedding for, and for a row longer than its positions."""
+    highest, row = max(((max(example.input_ids), example.row) for example in examples), key=lambda found: found[0])
+    longest = max(examples, key=lambda example: len(example.input_ids))
+    problems = []
     if highest >= (size := model.get_input_embeddings().num_embeddings):
-        raise ModelError(
+        problems.append(
             Problem(
                 f"the tokenizer makes token {highest}, and the model has embeddings for 0 to {size - 1}",
-                where=str(example.row),
+                where=str(row),
                 fix="use the tokenizer that belongs to the model: copy its files into the model's folder",
             )
         )
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions and (length := len(longest.input_ids)) > positions:
+        problems.append(
+            Problem(
+                f"a row has {length:,} tokens, and the model has positions for {positions:,}",
+                where=str(longest.row),
+                fix=f"set `data.max_length: {positions}`",
+            )
+        )
+    if problems:
+        raise ModelError(*problems)
 
 
 def head_paths(model: "PreTrainedModel") -> set[str]:

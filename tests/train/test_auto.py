@@ -1,0 +1,63 @@
+import pytest
+import torch
+
+from lora_cli.recipe.schema import Training
+from lora_cli.train.auto import gradient_checkpointing, micro_batch_size
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+GIB = 2**30
+
+
+@pytest.fixture(autouse=True)
+def free(monkeypatch):
+    """A GPU with 40 GiB free, or as many as a test says."""
+
+    def say(gib: int) -> None:
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (gib * GIB, 80 * GIB))
+
+    say(40)
+    return say
+
+
+def size_on(device, *, rows=64, longest=512, vocabulary=32_000, processes=1) -> int:
+    settings = Training(global_batch_size=rows)
+    return micro_batch_size(settings, longest=longest, vocabulary=vocabulary, processes=processes, device=device)
+
+
+@pytest.mark.parametrize("device", [CPU, GPU])
+@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize("longest", [1, 100, 2048, 100_000])
+@pytest.mark.parametrize("rows", [1, 3, 16])
+def test_the_micro_batch_is_a_power_of_two_that_fits_the_step_and_the_memory(device, processes, longest, rows):
+    size = size_on(device, rows=rows, longest=longest, processes=processes)
+
+    assert size >= 1
+    assert size & (size - 1) == 0
+    assert size == 1 or size * processes < rows + processes
+    assert size == 1 or size * longest <= 16384
+
+
+def test_a_given_size_is_taken_as_it_is():
+    settings = Training(micro_batch_size=5)
+
+    assert micro_batch_size(settings, longest=10**6, vocabulary=10**6, processes=4, device=CPU) == 5
+
+
+def test_a_gpu_gets_more_rows_than_a_cpu():
+    assert size_on(GPU) > size_on(CPU)
+
+
+def test_the_logits_fit_the_memory_that_is_free(free):
+    sizes = []
+    for gib in (40, 4, 1):
+        free(gib)
+        sizes.append(size_on(GPU, vocabulary=256_000, longest=128))
+
+    assert sizes == sorted(set(sizes), reverse=True)
+    assert sizes[-1] * 128 * 256_000 * 4 < 1 * GIB or sizes[-1] == 1  # even once, in float32
+
+
+def test_checkpointing_is_on_where_memory_is_scarce_unless_it_is_said():
+    assert [gradient_checkpointing(Training(), device) for device in (CPU, GPU)] == [False, True]
+    assert gradient_checkpointing(Training(gradient_checkpointing=True), CPU)
+    assert not gradient_checkpointing(Training(gradient_checkpointing=False), GPU)

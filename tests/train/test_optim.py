@@ -1,0 +1,150 @@
+"""Optimizers by name, and the learning rate as a function of the step."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import get_scheduler
+
+from lora_cli.recipe.schema import Schedule, Training
+from lora_cli.train.checkpoint import optimizer_state, restore_optimizer
+from lora_cli.train.optim import OPTIMIZERS, make_optimizer, make_schedule, set_learning_rate
+
+# bitsandbytes says that pages need CUDA; on a CPU its paged optimizers are the plain ones
+pytestmark = pytest.mark.filterwarnings("ignore:.*[Pp]aged.*:UserWarning")
+
+SCHEDULES = Schedule.__args__
+STEPS = 40
+
+
+def peak(name: str, steps: int, warmup_ratio: float) -> list[float]:
+    factor = make_schedule(Training(lr_scheduler=name, warmup_ratio=warmup_ratio), steps)
+    return [factor(step) for step in range(1, steps + 1)]
+
+
+@pytest.mark.parametrize("warmup_ratio", [0.0, 0.03, 0.25])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_no_step_is_spent_on_nothing_and_the_peak_is_reached_and_never_passed(name, warmup_ratio):
+    factors = peak(name, STEPS, warmup_ratio)
+
+    assert factors[0] > 0
+    assert max(factors) == 1.0
+    assert all(0 < factor <= 1 for factor in factors)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_after_the_warm_up_it_is_transformers_own_curve(name):
+    warmup = 10
+    idle = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    theirs = get_scheduler(name, idle, num_warmup_steps=warmup, num_training_steps=STEPS).lr_lambdas[0]
+
+    factors = peak(name, STEPS, warmup / STEPS)
+
+    assert factors[warmup:] == [theirs(step) for step in range(warmup, STEPS)]
+    if name != "constant":
+        assert factors[:warmup] == [step / warmup for step in range(1, warmup + 1)]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_shortest_runs_learn_at_the_full_rate_at_least_once(name, steps):
+    assert max(peak(name, steps, 0.03)) == 1.0
+
+
+def test_the_rate_is_the_peak_times_the_factor_however_often_it_is_set():
+    parameters = {"a": nn.Parameter(torch.zeros(3))}
+    optimizer = make_optimizer(Training(learning_rate=2e-4), parameters)
+
+    rates = [set_learning_rate(optimizer, factor) for factor in (0.5, 0.25, 1.0)]
+
+    assert rates == [1e-4, 5e-5, 2e-4]
+    assert optimizer.param_groups[0]["lr"] == 2e-4
+
+
+def problem(seed: int = 0):
+    """Parameters, one of them large enough for 8-bit state, and their gradient at every step."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "layers.0.q_proj.lora_A": nn.Parameter(torch.randn(64, 128, generator=generator)),
+        "layers.0.q_proj.lora_B": nn.Parameter(torch.randn(5, 3, generator=generator)),
+        "m": nn.Parameter(torch.randn(7, generator=generator)),
+    }
+
+
+def steps(optimizer, parameters, numbers) -> None:
+    for number in numbers:
+        generator = torch.Generator().manual_seed(number)
+        set_learning_rate(optimizer, 1 / number)
+        for parameter in parameters.values():
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_state_saved_and_restored_continues_bit_for_bit(name):
+    settings = Training(optimizer=name, learning_rate=0.01, weight_decay=0.1)
+    straight = problem()
+    steps(make_optimizer(settings, straight), straight, range(1, 7))
+
+    first = problem()
+    optimizer = make_optimizer(settings, first)
+    steps(optimizer, first, range(1, 4))
+    tensors, scalars = optimizer_state(optimizer, first)
+    again = {key: nn.Parameter(value.detach().clone()) for key, value in first.items()}
+    resumed = make_optimizer(settings, again)
+    restore_optimizer(resumed, again, tensors, scalars)
+    steps(resumed, again, range(4, 7))
+
+    assert tensors
+    assert all(torch.equal(again[key], straight[key]) for key in straight)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_without_its_state_an_optimizer_would_go_elsewhere(name):
+    """The law above could not fail otherwise."""
+    settings = Training(optimizer=name, learning_rate=0.01)
+    straight, broken = problem(), problem()
+    steps(make_optimizer(settings, straight), straight, range(1, 5))
+    steps(make_optimizer(settings, broken), broken, range(1, 3))
+
+    steps(make_optimizer(settings, broken), broken, range(3, 5))
+
+    assert not any(torch.equal(broken[key], straight[key]) for key in straight)
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if "8bit" in name])
+def test_eight_bit_optimizers_keep_large_states_in_eight_bits(name):
+    parameters = problem()
+    optimizer = make_optimizer(Training(optimizer=name), parameters)
+    steps(optimizer, parameters, [1])
+
+    tensors, _ = optimizer_state(optimizer, parameters)
+
+    assert tensors["layers.0.q_proj.lora_A/state1"].dtype == torch.uint8
+    assert tensors["layers.0.q_proj.lora_B/state1"].dtype == torch.float32
+
+
+def test_the_state_is_a_copy():
+    parameters = problem()
+    optimizer = make_optimizer(Training(), parameters)
+    steps(optimizer, parameters, [1])
+
+    tensors, _ = optimizer_state(optimizer, parameters)
+    before = {key: tensor.clone() for key, tensor in tensors.items()}
+    steps(optimizer, parameters, [2])
+
+    assert all(torch.equal(before[key], tensors[key]) for key in before)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_is_adamw(name):
+    """One step against the formula of Loshchilov and Hutter; 8-bit state is not yet rounded at the first step."""
+    parameters = {"a": nn.Parameter(torch.tensor([1.0, -2.0, 0.5]))}
+    before, gradient = parameters["a"].detach().clone(), torch.tensor([0.3, -0.1, 2.0])
+    optimizer = make_optimizer(Training(optimizer=name, learning_rate=0.1, weight_decay=0.01), parameters)
+
+    parameters["a"].grad = gradient.clone()
+    optimizer.step()
+
+    expected = before * (1 - 0.1 * 0.01) - 0.1 * gradient / (gradient.abs() + 1e-8)
+    torch.testing.assert_close(parameters["a"].detach(), expected, atol=1e-6, rtol=1e-5)
