@@ -1,35 +1,54 @@
-"""Examples -> Batch: padded on the right to the longest, labels shifted to where they are predicted.
+"""Rows of examples -> Batch: padded on the right to the longest, labels shifted to where they are predicted.
 
     input_ids   a b c d · ·        labels[t] = input_ids[t + 1] where weights[t + 1] > 0, else IGNORE
     weights       0 1 1            -> labels  - c d - - -
 
+A row holds one example, or several packed one behind the other; the first token of an example is never a label, so no
+example is predicted from the one before it.
+
 Padding is known by its position, never by its id: it is token 0, which a row may hold as well. It stands to the right,
-where a causal model never sees it, so no attention mask is needed.
+where a causal model never sees it, so rows of one example need no attention mask.
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from lora_cli.data.types import IGNORE, Batch, Example
 
+Row = Sequence[Example]
 
-def collate(examples: Sequence[Example]) -> Batch:
-    """The batch of at least one example."""
-    shape = (len(examples), max(len(example.input_ids) for example in examples))
+
+def collate(rows: Sequence[Row]) -> Batch:
+    """The batch of at least one row. Where a row is packed, it tells the documents and the places of their tokens."""
+    shape = (len(rows), max(map(length, rows)))
     input_ids = torch.zeros(shape, dtype=torch.int64)
     labels = torch.full(shape, IGNORE)
     weights = torch.zeros(shape)
-    for row, example in enumerate(examples):
-        length = len(example.input_ids)
-        input_ids[row, :length] = torch.tensor(example.input_ids)
-        weights[row, : length - 1] = torch.tensor(example.weights[1:])
-        labels[row, : length - 1] = input_ids[row, 1:length].where(weights[row, : length - 1] > 0, IGNORE)
+    for i, row in enumerate(rows):
+        end = length(row)
+        input_ids[i, :end] = torch.tensor([token for example in row for token in example.input_ids])
+        weights[i, : end - 1] = torch.tensor([weight for example in row for weight in example.weights][1:])
+        labels[i, : end - 1] = input_ids[i, 1:end].where(weights[i, : end - 1] > 0, IGNORE)
     positions = (labels != IGNORE).any(dim=0).nonzero().squeeze(1)
-    return Batch(input_ids=input_ids, labels=labels, weights=weights, positions=positions)
+    batch = Batch(input_ids=input_ids, labels=labels, weights=weights, positions=positions)
+    return batch | _borders(rows, shape[1]) if any(len(row) > 1 for row in rows) else batch
+
+
+def length(row: Row) -> int:
+    return sum(len(example.input_ids) for example in row)
 
 
 def blank(example: Example) -> Example:
     """The same tokens with nothing to learn: for a rank that has no row left and must still run its forward."""
     return replace(example, weights=[0.0] * len(example.weights))
+
+
+def _borders(rows: Sequence[Row], width: int) -> dict[str, Tensor]:
+    """`documents` and `places`, [batch, time]; the padding of a row counts as a document of its own."""
+    sizes = [[len(example.input_ids) for example in row] + [width - length(row)] for row in rows]
+    documents = [torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in sizes]
+    places = [torch.cat([torch.arange(size) for size in row]) for row in sizes]
+    return {"documents": torch.stack(documents), "places": torch.stack(places)}

@@ -8,7 +8,8 @@ import torch
 from accelerate import Accelerator
 
 from lora_cli.data.types import Example
-from lora_cli.train.loop import Settings, micro_batches, to_device
+from lora_cli.train.layout import Layout, micro_batches
+from lora_cli.train.loop import to_device
 from lora_cli.train.task import Task
 
 
@@ -25,7 +26,7 @@ class HeldOut:
         return math.exp(min(self.loss, 700))
 
 
-def held_out_loss(task: Task, examples: Sequence[Example], settings: Settings, accelerator: Accelerator) -> HeldOut:
+def held_out_loss(task: Task, examples: Sequence[Example], layout: Layout, accelerator: Accelerator) -> HeldOut:
     """Evaluate without dropout or gradients; each module's own training flag is put back afterwards.
 
     Rows are dealt to the processes and batched by length as in training. Each row is summed in float64 with its own
@@ -34,9 +35,7 @@ def held_out_loss(task: Task, examples: Sequence[Example], settings: Settings, a
     flags = {module: module.training for module in task.modules()}
     task.eval()
     total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
-    batches = micro_batches(
-        list(examples), settings, rank=accelerator.process_index, processes=accelerator.num_processes
-    )
+    batches = micro_batches(list(examples), layout, rank=accelerator.process_index, processes=accelerator.num_processes)
     try:
         with torch.inference_mode():
             for _, batch in batches:

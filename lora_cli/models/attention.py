@@ -3,6 +3,7 @@
 Many of transformers' models ignore position_ids when they build their masks, so the mask is made here and given whole.
 """
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
@@ -21,8 +22,16 @@ def packed_arguments(model: "PreTrainedModel", documents: Tensor, positions: Ten
     return PACKED[model.config._attn_implementation](model.config, documents, positions, model.dtype)
 
 
-def can_pack(model: "PreTrainedModel") -> bool:
-    return model.config._attn_implementation in PACKED
+def packs(model: "PreTrainedModel") -> bool:
+    """Whether rows can be packed on this model, proved on it; a notice says why not."""
+    kind = model.config._attn_implementation
+    if kind not in PACKED:
+        log.warning("rows are not packed: with `model.attention: %s` documents can't be kept apart here", kind)
+        return False
+    if not keeps_documents_apart(model):
+        log.warning("rows are not packed: packed documents see each other in this model")
+        return False
+    return True
 
 
 @torch.no_grad()
@@ -35,11 +44,15 @@ def keeps_documents_apart(model: "PreTrainedModel") -> bool:
     packed = model(input_ids=ids, use_cache=False, **packed_arguments(model, documents, positions)).logits
     alone = torch.cat([model(input_ids=part, use_cache=False).logits for part in (ids[:, :10], ids[:, 10:])], dim=1)
     error = (packed - alone).float().abs().max()
-    return bool(error <= TOLERANCE[model.dtype] * alone.float().abs().max())
+    tolerance = TOLERANCE[torch.bfloat16 if getattr(model, "is_quantized", False) else model.dtype]
+    return bool(error <= tolerance * alone.float().abs().max())
 
 
-# Of the largest logit: a document that is seen moves logits by a tenth of it and more
+# Of the largest logit; quantised layers round what they multiply. A document that is seen moves logits by a tenth of it and more
 TOLERANCE: Mapping[torch.dtype, float] = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+
+log = logging.getLogger(__name__)
 
 
 def _sdpa(config: "PretrainedConfig", documents: Tensor, positions: Tensor, dtype: torch.dtype) -> dict[str, object]:

@@ -13,10 +13,9 @@ from lora_cli.errors import ModelError, Problem, SafetyError
 log = logging.getLogger(__name__)
 
 HUB_PAGE = "https://huggingface.co/{name}"
-# Weights as safetensors only, what a config and a tokenizer need, and the licence that a merged model takes along.
+HUB_WEIGHTS = "*.safetensors"  # no other form
+# What a config and a tokenizer need, and the licence that a merged model takes along
 HUB_FILES = [
-    "*.safetensors",
-    "*.safetensors.index.json",
     "*.json",
     "*.jinja",
     "*.model",
@@ -37,8 +36,11 @@ class Base:
     revision: str | None = None
 
 
-def resolve_base(name: str, revision: str | None = None) -> Base:
-    """Find a base's files, downloading or converting where needed. Raises ModelError or SafetyError."""
+def resolve_base(name: str, revision: str | None = None, *, weights: bool = True) -> Base:
+    """Find a base's files, downloading or converting where needed; without `weights`, of the hub config and tokenizer alone.
+
+    Raises ModelError or SafetyError.
+    """
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
         base = Base(name, _converted(path))
@@ -47,7 +49,7 @@ def resolve_base(name: str, revision: str | None = None) -> Base:
     elif path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(_no_such_base(name))
     else:
-        folder = hub_folder(name, revision, HUB_FILES)
+        folder = hub_folder(name, revision, [*HUB_FILES, HUB_WEIGHTS] if weights else HUB_FILES)
         base = Base(name, folder, revision=folder.name)
     _check_config(base)
     return base

@@ -87,6 +87,20 @@ def load_model(
     return model.eval()
 
 
+def skeleton(folder: Path) -> "PreTrainedModel":
+    """The model's modules without any weights, on the meta device. Raises ModelError for a config that makes none."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    quiet_transformers()
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        what = f"the base can't be built from its config: {first_line(error)}"
+        raise ModelError(Problem(what, where=str(folder / "config.json"), fix=_fix(error))) from error
+
+
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     """The tokenizer of a base or of a run folder. Padding is masked by position, so pad = eos does no harm."""
     from transformers import AutoTokenizer

@@ -15,22 +15,20 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lora_cli.data.collate import blank, collate
-from lora_cli.data.types import Batch, Example
+from lora_cli.data.types import Batch
 from lora_cli.errors import DivergedError, Problem
 from lora_cli.lora.inject import derived_seed
 from lora_cli.train.events import Evaluated, Event, Finished, Sampled, Saved, Step
+from lora_cli.train.layout import Layout, Rows, micro_batches
 from lora_cli.train.optim import Parameters, Schedule, set_learning_rate
 from lora_cli.train.task import Task
-
-Rows = list[Example]
 
 
 @dataclass(frozen=True)
 class Settings:
     """How the loop goes about it, with every `auto` resolved."""
 
-    micro_batch_size: int
+    layout: Layout
     seed: int = 0
     max_grad_norm: float = 0.0
     eval_steps: int | None = None
@@ -115,7 +113,7 @@ def _take_step(
 ) -> tuple[Tensor, Tensor]:
     """One optimizer step; its mean loss and gradient norm stay on the device. Nothing in here waits for the device."""
     items = sum(row.items for row in rows)
-    batches = micro_batches(rows, settings, rank=accelerator.process_index, processes=accelerator.num_processes)
+    batches = micro_batches(rows, settings.layout, rank=accelerator.process_index, processes=accelerator.num_processes)
     total = torch.zeros((), device=accelerator.device)
     for i, (first, batch) in enumerate(batches):
         torch.manual_seed(derived_seed(settings.seed, "dropout", number, first))
@@ -129,21 +127,6 @@ def _take_step(
     optimizer.step()
     optimizer.zero_grad()
     return accelerator.reduce(total, "sum") / items, grad_norm
-
-
-def micro_batches(rows: Rows, settings: Settings, *, rank: int, processes: int) -> list[tuple[int, Batch]]:
-    """This rank's share of a step as (place of its first row in the step, batch), rows of like length together.
-
-    Every rank gets the same number of batches, as sharded models need: a rank that runs out of rows repeats one with
-    no weight.
-    """
-    places = sorted(range(len(rows)), key=lambda place: (len(rows[place].input_ids), place))
-    share = math.ceil(len(rows) / processes)
-    mine = [(place, rows[place]) for place in places[rank::processes]]
-    mine += [(places[0], blank(rows[places[0]]))] * (share - len(mine))
-    size = settings.micro_batch_size
-    chunks = [mine[i : i + size] for i in range(0, len(mine), size)]
-    return [(chunk[0][0], collate([row for _, row in chunk])) for chunk in chunks]
 
 
 def _measure(actions: Actions, progress: Progress) -> Iterator[Event]:

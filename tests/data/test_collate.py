@@ -9,7 +9,7 @@ LONG = Example([5, 6, 7, 9, 8, 9], [0.0, 1.0, 0.0, 1.0, 0.5, 1.0], ROW)
 
 
 def test_labels_are_the_next_tokens_of_what_is_trained():
-    batch = collate([LONG])
+    batch = collate([[LONG]])
 
     assert batch["input_ids"].tolist() == [[5, 6, 7, 9, 8, 9]]
     assert batch["labels"].tolist() == [[6, IGNORE, 9, 8, 9, IGNORE]]
@@ -19,26 +19,26 @@ def test_labels_are_the_next_tokens_of_what_is_trained():
 def test_padding_is_not_trained_even_where_a_row_holds_the_same_token():
     zeros = Example([0, 0, 0], [0.0, 0.0, 1.0], ROW)
 
-    batch = collate([zeros, LONG])
+    batch = collate([[zeros], [LONG]])
 
     assert batch["input_ids"][0].tolist() == [0] * 6
     assert batch["labels"][0].tolist() == [IGNORE, 0, IGNORE, IGNORE, IGNORE, IGNORE]
 
 
 def test_the_weights_of_a_batch_are_those_of_its_examples():
-    batch = collate([SHORT, LONG, SHORT])
+    batch = collate([[SHORT], [LONG], [SHORT]])
 
     assert batch["weights"].sum().item() == sum(example.items for example in (SHORT, LONG, SHORT))
     assert ((batch["weights"] > 0) == (batch["labels"] != IGNORE)).all()
 
 
 def test_positions_are_those_where_any_row_has_a_label():
-    assert collate([SHORT, LONG])["positions"].tolist() == [0, 1, 2, 3, 4]
-    assert collate([SHORT])["positions"].tolist() == [1]
+    assert collate([[SHORT], [LONG]])["positions"].tolist() == [0, 1, 2, 3, 4]
+    assert collate([[SHORT]])["positions"].tolist() == [1]
 
 
 def test_a_batch_has_the_types_that_models_take():
-    batch = collate([SHORT])
+    batch = collate([[SHORT]])
 
     assert {name: tensor.dtype for name, tensor in batch.items()} == {
         "input_ids": torch.int64,
@@ -49,9 +49,24 @@ def test_a_batch_has_the_types_that_models_take():
 
 
 def test_a_blank_example_is_read_and_has_nothing_to_learn():
-    batch = collate([blank(LONG)])
+    batch = collate([[blank(LONG)]])
 
     assert batch["input_ids"].tolist() == [LONG.input_ids]
     assert batch["weights"].sum() == 0
     assert batch["positions"].tolist() == []
     assert blank(LONG).items == 0
+
+
+def test_a_packed_row_tells_its_documents_and_restarts_their_places():
+    batch = collate([[SHORT, LONG], [LONG]])
+
+    assert batch["input_ids"].tolist() == [[5, 6, 9, 5, 6, 7, 9, 8, 9], [5, 6, 7, 9, 8, 9, 0, 0, 0]]
+    assert batch["documents"].tolist() == [[0, 0, 0, 1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0, 1, 1, 1]]
+    assert batch["places"].tolist() == [[0, 1, 2, 0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5, 0, 1, 2]]
+
+
+def test_no_document_is_predicted_from_the_one_before_it():
+    batch = collate([[SHORT, LONG]])
+
+    assert batch["labels"].tolist() == [[IGNORE, 9, IGNORE, 6, IGNORE, 9, 8, 9, IGNORE]]
+    assert batch["weights"].sum().item() == SHORT.items + LONG.items

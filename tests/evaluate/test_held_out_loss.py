@@ -8,7 +8,7 @@ from tiny import CONFIGS, tiny_model
 from lora_cli.data.types import Example, RowId
 from lora_cli.evaluate.loss import HeldOut, held_out_loss
 from lora_cli.objectives.sft import sft
-from lora_cli.train.loop import Settings
+from lora_cli.train.layout import Layout
 from lora_cli.train.task import Task
 
 ROWS = [
@@ -24,7 +24,7 @@ def accelerator():
 
 
 def measured(model, accelerator, rows=ROWS, size=2) -> HeldOut:
-    return held_out_loss(Task(model, sft), rows, Settings(size), accelerator)
+    return held_out_loss(Task(model, sft), rows, Layout(size), accelerator)
 
 
 def by_hand(model) -> float:

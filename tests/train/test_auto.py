@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from lora_cli.recipe.schema import Training
-from lora_cli.train.auto import gradient_checkpointing, micro_batch_size
+from lora_cli.train.auto import gradient_checkpointing, layout
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 GIB = 2**30
@@ -21,7 +21,9 @@ def free(monkeypatch):
 
 def size_on(device, *, rows=64, longest=512, vocabulary=32_000, processes=1) -> int:
     settings = Training(global_batch_size=rows)
-    return micro_batch_size(settings, longest=longest, vocabulary=vocabulary, processes=processes, device=device)
+    found = layout(settings, longest=longest, vocabulary=vocabulary, processes=processes, device=device)
+    assert found.row_length is None
+    return found.micro_batch_size
 
 
 @pytest.mark.parametrize("device", [CPU, GPU])
@@ -40,7 +42,9 @@ def test_the_micro_batch_is_a_power_of_two_that_fits_the_step_and_the_memory(dev
 def test_a_given_size_is_taken_as_it_is():
     settings = Training(micro_batch_size=5)
 
-    assert micro_batch_size(settings, longest=10**6, vocabulary=10**6, processes=4, device=CPU) == 5
+    found = layout(settings, longest=10**6, vocabulary=10**6, processes=4, device=CPU)
+
+    assert found.micro_batch_size == 5
 
 
 def test_a_gpu_gets_more_rows_than_a_cpu():
@@ -55,6 +59,16 @@ def test_the_logits_fit_the_memory_that_is_free(free):
 
     assert sizes == sorted(set(sizes), reverse=True)
     assert sizes[-1] * 128 * 256_000 * 4 < 1 * GIB or sizes[-1] == 1  # even once, in float32
+
+
+@pytest.mark.parametrize("device", [CPU, GPU])
+@pytest.mark.parametrize("longest", [10, 700, 3000])
+@pytest.mark.parametrize("pack_to", [256, 2048, 100_000])
+def test_packed_rows_hold_the_longest_example_and_at_most_what_a_forward_may_have(device, longest, pack_to):
+    found = layout(Training(), longest=longest, vocabulary=32_000, processes=1, device=device, pack_to=pack_to)
+
+    assert longest <= found.row_length <= max(longest, pack_to)
+    assert found.micro_batch_size * found.row_length <= max(longest, 16384)
 
 
 def test_checkpointing_is_on_where_memory_is_scarce_unless_it_is_said():

@@ -15,7 +15,8 @@ from lora_cli.lora.config import LoRAConfig
 from lora_cli.lora.inject import inject
 from lora_cli.objectives.sft import sft
 from lora_cli.train.events import Evaluated, Finished, Sampled, Saved, Step
-from lora_cli.train.loop import Actions, Progress, Settings, micro_batches, train
+from lora_cli.train.layout import Layout, micro_batches
+from lora_cli.train.loop import Actions, Progress, Settings, train
 from lora_cli.train.task import Task
 
 TARGETS = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"]
@@ -27,7 +28,7 @@ def accelerator():
 
 
 def settings(**changed) -> Settings:
-    return Settings(**{"micro_batch_size": 2, "seed": 1, "max_grad_norm": 1.0} | changed)
+    return Settings(**{"layout": Layout(2), "seed": 1, "max_grad_norm": 1.0} | changed)
 
 
 def rows(count: int = 8) -> list[Example]:
@@ -77,7 +78,7 @@ def gradients(accelerator, size: int) -> dict[str, torch.Tensor]:
     """Of one step's rows, cut into micro-batches of `size`, as the loop sums them."""
     run = Run(accelerator)
     randomize(run.model, size=0.1)
-    for _, batch in micro_batches(rows(), settings(micro_batch_size=size), rank=0, processes=1):
+    for _, batch in micro_batches(rows(), Layout(size), rank=0, processes=1):
         (run.task(batch).total / sum(row.items for row in rows())).backward()
     return {name: p.grad for name, p in run.parameters.items()}
 
@@ -236,7 +237,7 @@ def test_every_event_is_one_json_object(accelerator):
 
 def test_a_batch_with_nothing_to_learn_adds_nothing_and_still_has_a_gradient(accelerator):
     run = Run(accelerator)
-    ((_, batch),) = micro_batches(rows(1), settings(), rank=1, processes=2)
+    ((_, batch),) = micro_batches(rows(1), Layout(2), rank=1, processes=2)
 
     loss = run.task(batch)
     loss.total.backward()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lora_cli.data.types import IGNORE, Example, RowId
-from lora_cli.train.loop import Settings, micro_batches
+from lora_cli.train.layout import Layout, filled, micro_batches
 
 SPLITS = [(rows, processes, size) for rows in (1, 2, 7, 8, 16) for processes in (1, 2, 3, 4) for size in (1, 2, 3, 8)]
 
@@ -22,13 +22,9 @@ def examples(count: int) -> list[Example]:
     ]
 
 
-def settings(size: int) -> Settings:
-    return Settings(size)
-
-
 def split(rows, processes, size):
     """The micro-batches of every rank."""
-    return [micro_batches(rows, settings(size), rank=rank, processes=processes) for rank in range(processes)]
+    return [micro_batches(rows, Layout(size), rank=rank, processes=processes) for rank in range(processes)]
 
 
 @pytest.mark.parametrize(("count", "processes", "size"), SPLITS)
@@ -89,3 +85,24 @@ def test_a_rank_without_rows_repeats_one_with_nothing_to_learn():
     assert not second[0][1]["weights"].any()
     assert second[0][1]["positions"].numel() == 0
     assert torch.equal(first[0][1]["input_ids"], second[0][1]["input_ids"])
+
+
+PACKED = [(rows, processes, length) for rows in (1, 2, 7, 16) for processes in (1, 2, 4) for length in (30, 64, 1000)]
+
+
+@pytest.mark.parametrize(("count", "processes", "length"), PACKED)
+def test_packing_trains_every_row_once_in_rows_that_fit_on_ranks_in_step(count, processes, length):
+    rows = examples(count)
+    ranks = [micro_batches(rows, Layout(2, length), rank=rank, processes=processes) for rank in range(processes)]
+
+    weights = sum(batch["weights"].double().sum().item() for batches in ranks for _, batch in batches)
+    assert weights == pytest.approx(sum(row.items for row in rows))
+    assert len({len(batches) for batches in ranks}) == 1
+    assert all(batch["input_ids"].shape[1] <= length for batches in ranks for _, batch in batches)
+
+
+def test_packing_wastes_less_than_padding():
+    rows = examples(64)
+
+    assert filled(rows, Layout(1, 256)) > filled(rows, Layout(16))
+    assert filled(rows, Layout(1, 256)) == 1.0
