@@ -1,29 +1,50 @@
-"""What the columns of a row mean: row -> Conversation, Instruction or Text. One function a format, and their table.
+"""What the columns of a row mean: row -> Conversation, Instruction, Text or Tokens. One function a format, their table.
 
 Every function raises BadRow where the row does not fit, and NothingToLearn where it fits but has an empty answer.
 """
 
-from collections.abc import Callable, Collection, Mapping
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from math import isfinite
 from typing import Any
 
 from lora_cli.data.sources import quote
-from lora_cli.data.types import BadRow, Conversation, Instruction, Item, Message, NothingToLearn, Span, Text
+from lora_cli.data.types import (
+    IGNORE,
+    BadRow,
+    Conversation,
+    Instruction,
+    Item,
+    Message,
+    NothingToLearn,
+    Span,
+    Text,
+    Tokens,
+)
+from lora_cli.recipe.template import Part, parse_template
 
 Columns = Mapping[str, Any]
 
 ROLES = {role: role for role in ("system", "user", "assistant", "tool")}
 SHAREGPT_ROLES = {**ROLES, "human": "user", "gpt": "assistant"}
+# What the template reads of a message beside role and content
+PASSED_ON = ("tool_calls", "reasoning_content", "reasoning", "thinking", "tool_call_id", "name")
 # Parts of a message that would change what the model reads: to leave them out in silence would train something else
-UNREAD = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "weight")
+UNREAD = ("function_call",)
 
 
 @dataclass(frozen=True)
 class Format:
-    """`needs`: the columns that must be there, each with its synonyms, which serve if just one of them is there."""
+    """`needs`: the columns that must be there, each with its synonyms, which serve if just one of them is there.
+
+    `takes`: the columns that may be there.
+    """
 
     needs: tuple[tuple[str, ...], ...]
     parse: Callable[[Columns], Item]
+    takes: tuple[str, ...] = ()
 
     def fits(self, columns: Collection[str]) -> bool:
         return all(_chosen(synonyms, columns) for synonyms in self.needs)
@@ -42,8 +63,20 @@ def _chosen(synonyms: tuple[str, ...], columns: Collection[str]) -> str | None:
     return there[0] if len(there) == 1 or synonyms[0] in there else None
 
 
+def known_columns() -> list[str]:
+    """Every column that some format reads."""
+    needed = [name for format in FORMATS.values() for synonyms in format.needs for name in synonyms]
+    return list(dict.fromkeys([*needed, *(name for format in FORMATS.values() for name in format.takes)]))
+
+
+def templated(template: str) -> Format:
+    """The format that a `data.template` describes."""
+    parts = parse_template(template)
+    return Format(tuple(dict.fromkeys((part.text,) for part in parts if part.is_field)), partial(_fill, parts))
+
+
 def messages(row: Columns) -> Conversation:
-    """{"messages": [{"role", "content", "train"?}], "system"?}: turns in OpenAI's words."""
+    """{"messages": [{"role", "content", "train"?, "weight"?, "tool_calls"? …}], "system"?, "tools"?}: OpenAI's words."""
     return _conversation(row, column="messages", role="role", content="content", roles=ROLES)
 
 
@@ -72,20 +105,83 @@ def text(row: Columns) -> Text:
     return Text((Span(_answer(row, "text"), train=True),))
 
 
+def tokens(row: Columns) -> Tokens:
+    """{"input_ids", "labels"?}: tokens, of which those with a label of -100 are not learned; without labels all are."""
+    input_ids = _ids(row, "input_ids")
+    labels = _ids(row, "labels") if row.get("labels") is not None else input_ids
+    if len(labels) != len(input_ids):
+        raise BadRow(f"`labels` has {len(labels):,} entries, and `input_ids` {len(input_ids):,}")
+    for place, (token, wanted) in enumerate(zip(input_ids, labels, strict=True)):
+        if token < 0:
+            raise BadRow(f"`input_ids[{place}]` is {token}, not a token")
+        if wanted not in (token, IGNORE):
+            raise BadRow(
+                f"`labels[{place}]` is {wanted}, and the token there is {token}",
+                fix=f"give each token itself as its label, or {IGNORE}; they are shifted later",
+            )
+    if 0 in (row.get("attention_mask") or ()):
+        raise BadRow("`attention_mask` says that the row is padded", fix="leave the padding out")
+    weights = [float(label != IGNORE) for label in labels]
+    weights[:1] = [0.0]  # nothing stands before the first token that could predict it
+    if not any(weights):
+        raise NothingToLearn("no token has a label")
+    return Tokens(tuple(input_ids), tuple(weights))
+
+
+def _ids(row: Columns, name: str) -> list[int]:
+    value = row.get(name)
+    if value is None:
+        raise BadRow(f"`{name}` is missing")
+    if not isinstance(value, list) or not all(type(id) is int for id in value):
+        raise BadRow(f"`{name}` is not a list of whole numbers")
+    return value
+
+
+def _fill(parts: Sequence[Part], row: Columns) -> Text:
+    """The template with the row's text in it, cut where what is trained begins or ends."""
+    spans: list[Span] = []
+    for part in parts:
+        text = _written(row, part.text) if part.is_field else part.text
+        if part.is_field and part.train and not text.strip():
+            raise NothingToLearn(f"`{part.text}` is empty")
+        if spans and spans[-1].train == part.train:
+            spans[-1] = Span(spans[-1].text + text, part.train)
+        else:
+            spans.append(Span(text, part.train))
+    return Text(tuple(spans))
+
+
+def _written(row: Columns, name: str) -> str:
+    """The text of a column of a template; numbers are written out."""
+    value = row.get(name)
+    return str(value) if type(value) in (int, float) else _string(row, name)
+
+
 def _conversation(row: Columns, *, column: str, role: str, content: str, roles: Mapping[str, str]) -> Conversation:
     turns = row.get(column)
     if not isinstance(turns, list) or not turns:
         raise BadRow(f"`{column}` is missing" if turns is None else f"`{column}` is not a list of turns")
-    if row.get("tools"):
-        raise BadRow("`tools` cannot be read yet", fix="leave the rows with tools out")
     found = [_message(turn, f"{column}[{i}]", role=role, content=content, roles=roles) for i, turn in enumerate(turns)]
     if row.get("system"):
         found.insert(0, Message("system", _string(row, "system"), train=False))
     if not any(message.role == "assistant" for message in found):
         raise BadRow(f"`{column}` has no assistant turn", fix="add an answer, or leave the row out")
     if not any(message.train for message in found):
-        raise BadRow(f"every assistant turn of `{column}` has `train: false`")
-    return Conversation(tuple(found))
+        raise BadRow(f"every assistant turn of `{column}` has `train: false` or `weight: 0`")
+    return Conversation(tuple(found), _tools(row))
+
+
+def _tools(row: Columns) -> tuple[Any, ...]:
+    """A list of JSON schemas, or its JSON text, as tables have it whose cells cannot differ in shape."""
+    found = row.get("tools") or []
+    if isinstance(found, str):
+        try:
+            found = json.loads(found)
+        except (ValueError, RecursionError) as error:
+            raise BadRow(f"`tools` is not JSON: {error}") from error
+    if not isinstance(found, list) or not all(isinstance(tool, Mapping) for tool in found):
+        raise BadRow("`tools` is not a list of JSON schemas")
+    return tuple(found)
 
 
 def _message(turn: Any, place: str, *, role: str, content: str, roles: Mapping[str, str]) -> Message:
@@ -96,15 +192,31 @@ def _message(turn: Any, place: str, *, role: str, content: str, roles: Mapping[s
     if (name := _string(turn, role, place)) not in roles:
         known = ", ".join(roles)
         raise BadRow(f"`{place}.{role}` is `{quote(name)}`, not a role", fix=f"the roles are {known}")
-    said = _string(turn, content, place)
+    fields = {key: turn[key] for key in PASSED_ON if turn.get(key) is not None}
+    calls = bool(fields.get("tool_calls"))
+    said = "" if calls and turn.get(content) is None else _string(turn, content, place)
+    train, weight = _train(turn, place, roles[name]), _weight(turn, place, roles[name])
+    if train and weight and not said.strip() and not calls:
+        raise NothingToLearn(f"`{place}.{content}` is an empty answer")
+    return Message(roles[name], said, train and weight > 0, weight or 1.0, fields)
+
+
+def _train(turn: Columns, place: str, role: str) -> bool:
     train = turn.get("train")
     if train is None:
-        train = roles[name] == "assistant"
-    if not isinstance(train, bool) or (train and roles[name] != "assistant"):
+        return role == "assistant"
+    if not isinstance(train, bool) or (train and role != "assistant"):
         raise BadRow(f"`{place}.train` is for assistant turns, and true or false")
-    if train and not said.strip():
-        raise NothingToLearn(f"`{place}.{content}` is an empty answer")
-    return Message(roles[name], said, train)
+    return train
+
+
+def _weight(turn: Columns, place: str, role: str) -> float:
+    weight = turn.get("weight")
+    if weight is None:
+        return 1.0
+    if type(weight) not in (int, float) or not isfinite(weight) or weight < 0 or (weight and role != "assistant"):
+        raise BadRow(f"`{place}.weight` is for assistant turns, and a number from 0 on")
+    return float(weight)
 
 
 def _answer(row: Columns, name: str) -> str:
@@ -128,9 +240,10 @@ COMPLETIONS = ("completion", "response", "output")
 
 # In the order in which `auto` tries them: tatsu-lab/alpaca, for one, has a `text` column beside its three
 FORMATS: dict[str, Format] = {
-    "messages": Format((("messages",),), messages),
-    "sharegpt": Format((("conversations",),), sharegpt),
-    "alpaca": Format((("instruction",), ("output",)), alpaca),
+    "tokens": Format((("input_ids",),), tokens, takes=("labels", "attention_mask")),
+    "messages": Format((("messages",),), messages, takes=("system", "tools")),
+    "sharegpt": Format((("conversations",),), sharegpt, takes=("system", "tools")),
+    "alpaca": Format((("instruction",), ("output",)), alpaca, takes=("input",)),
     "completion": Format((("prompt",), COMPLETIONS), completion),
     "text": Format((("text",),), text),
 }

@@ -2,13 +2,18 @@
 
 The order is a pure function of (seed, epoch). Epochs stand one behind the other as one endless sequence, and step k
 takes its positions k·B … (k + 1)·B - 1: so resuming is skipping, and any number of devices sees the same rows.
+
+Where sources are mixed, each is an endless sequence of its own, and every epoch takes the next of it, as many as its
+weight or share says: so after some epochs all its rows have come equally often, but for one.
 """
 
+import difflib
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
@@ -17,11 +22,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from lora_cli.data.formats import FORMATS, detect
+from lora_cli.data.formats import FORMATS, Format, detect, known_columns, templated
 from lora_cli.data.render import Renderer, truncate
-from lora_cli.data.sources import Columns, quote, rows
+from lora_cli.data.sources import Columns, label, quote, rows
 from lora_cli.data.types import BadRow, Example, Item, NothingToLearn, RowId
-from lora_cli.errors import DataError, Problem
+from lora_cli.errors import DataError, Problem, RecipeError
+from lora_cli.recipe.schema import Source, sources_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,11 +43,23 @@ PEEKED_ROWS = 10  # rows that `format: auto` looks at
 
 @dataclass(frozen=True)
 class Spread:
-    """Tokens an example has: half, 95 in 100 and all of them have at most so many."""
+    """Tokens an example has: half, 95 and 99 in 100 and all of them have at most so many."""
 
     p50: int
     p95: int
+    p99: int
     longest: int
+
+
+@dataclass(frozen=True)
+class SourceReport:
+    """What one source gives: rows read, examples made of them, and its share of an epoch's examples."""
+
+    rows: int
+    examples: int
+    tokens: int
+    trained_tokens: int
+    share: float
 
 
 @dataclass(frozen=True)
@@ -59,6 +77,7 @@ class DataReport:
     lengths: Spread  # before max_length
     prompts: Spread
     fingerprint: str  # of all tokens and weights, in order
+    sources: dict[str, SourceReport]  # by name, in the order of the recipe
 
     @property
     def format(self) -> str:
@@ -85,9 +104,10 @@ class DataReport:
 
 @dataclass
 class _Parsed:
-    """The rows of all sources so far: read, unusable and empty ones."""
+    """The rows of all sources so far: read, unusable and empty ones. `counts` has the rows by source."""
 
     rows: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
     formats: dict[str, str] = field(default_factory=dict)
     items: list[tuple[RowId, Item]] = field(default_factory=list)
     bad: list[Problem] = field(default_factory=list)
@@ -95,26 +115,31 @@ class _Parsed:
 
 
 def load_examples(
-    sources: str | Sequence[str],
+    sources: str | Sequence[str | Source],
     *,
     folder: Path,
-    format: str,
     tokenizer: "PreTrainedTokenizerBase",
     max_length: int,
+    format: str = "auto",
+    columns: Mapping[str, str] | None = None,
+    template: str | None = None,
+    train_on: str = "answers",
+    bad_rows: str = "error",
     progress: Progress | None = None,
 ) -> tuple[list[Example], DataReport]:
     """All examples of the sources, one source after the other, each with at least one trained token.
 
-    `format` is a name of FORMATS or `auto`. `progress` gets (rows rendered, rows in all). Raises DataError for rows
-    that cannot be used, all of them at once, and if more than MAX_DROPPED of the rows have nothing to learn.
+    The options are the keys of the recipe's `data`; `progress` gets (rows rendered, rows in all). Raises DataError for
+    rows that cannot be used, all of them at once (with `bad_rows: skip`, for more than MAX_DROPPED of them), and if
+    more than MAX_DROPPED of the rows have nothing to learn.
     """
-    parsed = _Parsed()
-    for source in [sources] if isinstance(sources, str) else sources:
-        _parse(source, folder, format, parsed)
-    _refuse(parsed.bad, parsed.rows)  # before the time for rendering is spent
-    rendered = _render(parsed, Renderer(tokenizer), progress or (lambda done, total: None))
-    _refuse(parsed.bad, parsed.rows)
-    return _fit(parsed, rendered, max_length)
+    entries, parsed = sources_of(sources), _Parsed()
+    for source in entries:
+        _parse(_with_defaults(source, format, columns, template), folder, template, parsed)
+    _refuse(parsed, bad_rows)  # before the time for rendering is spent
+    rendered = _render(parsed, Renderer(tokenizer, train_on), progress or (lambda done, total: None))
+    _refuse(parsed, bad_rows)
+    return _fit(parsed, rendered, max_length, entries)
 
 
 def split(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
@@ -129,8 +154,13 @@ def split(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Ex
 
 
 def order(seed: int, epoch: int, count: int) -> list[int]:
-    """The places of `count` examples in the order of one epoch."""
+    """The places of `count` examples in the order of one epoch, where each comes once."""
     return _permutation(f"epoch {epoch} of {seed}", count)
+
+
+def epoch_length(examples: Sequence[Example]) -> int:
+    """How many positions of the endless sequence an epoch has: as many as examples, but where sources are mixed."""
+    return sum(_takes(group, examples) for group in _groups(examples).values())
 
 
 @dataclass(frozen=True)
@@ -147,7 +177,7 @@ class Plan:
 
 
 def plan(count: int, *, epochs: float, max_steps: int | None, global_batch_size: int) -> Plan:
-    """`max_steps` if it is set, else `epochs` over `count` examples."""
+    """`max_steps` if it is set, else `epochs` of `count` examples each (`epoch_length`)."""
     positions = max_steps * global_batch_size if max_steps else max(1, round(epochs * count))
     return Plan(positions, global_batch_size)
 
@@ -155,39 +185,121 @@ def plan(count: int, *, epochs: float, max_steps: int | None, global_batch_size:
 def steps(examples: Sequence[Example], plan: Plan, *, seed: int, start: int = 0) -> Iterator[tuple[int, list[Example]]]:
     """(k, the rows of step k over all devices) for k = start … plan.steps - 1; `start` is the number of steps done."""
     size = plan.global_batch_size
-    places = islice(_endless(seed, len(examples), start * size), max(0, plan.positions - start * size))
+    endless = _endless(_epochs(examples, seed), epoch_length(examples), start * size)
+    places = islice(endless, max(0, plan.positions - start * size))
     for k in range(start, plan.steps):
         yield k, [examples[place] for place in islice(places, size)]
 
 
 def fingerprint(examples: Sequence[Example]) -> str:
-    """SHA-256 of what is trained: every token with its weight, in order, whatever file it came from."""
+    """SHA-256 of what is trained: every token with its weight, in order, and how sources are mixed; whatever file it
+    came from."""
     digest = sha256()
     for example in examples:
         digest.update(len(example.input_ids).to_bytes(8, "little"))
         digest.update(np.asarray(example.input_ids, "<i8").tobytes() + np.asarray(example.weights, "<f8").tobytes())
+        if example.repeats != 1:
+            digest.update(np.float64(example.repeats).tobytes())
     return digest.hexdigest()
 
 
-def _parse(source: str, folder: Path, format: str, parsed: _Parsed) -> None:
+def _with_defaults(source: Source, format: str, columns: Mapping[str, str] | None, template: str | None) -> Source:
+    """The source with what `data` says for all of them where it says nothing itself."""
+    format = "template" if template is not None else format
+    own = {"format": source.format or format, "columns": columns if source.columns is None else source.columns}
+    return source.model_copy(update=own)
+
+
+def _parse(source: Source, folder: Path, template: str | None, parsed: _Parsed) -> None:
     """Adds the rows of one source; `auto` becomes the format that most of its first rows fit."""
     found = list(rows(source, folder=folder))
+    name = label(source)
     readable = [(row, columns) for row, columns in found if not isinstance(columns, Problem)]
     parsed.rows += len(found)
+    parsed.counts[name] += len(found)
     parsed.bad += [columns for _, columns in found if isinstance(columns, Problem)]
     if not found:
-        raise DataError(Problem(f"`{source}` has no rows"))
+        raise DataError(Problem(f"`{name}` has no rows"))
     if not readable:
         return
-    name = _detected(source, [columns for _, columns in readable[:PEEKED_ROWS]]) if format == "auto" else format
-    parsed.formats[source] = name
+    if source.columns:
+        readable = _renamed(readable, source.columns, name, template)
+    format = templated(template) if source.format == "template" else None
+    if format:
+        _check_fields(format, [columns for _, columns in readable], name)
+    parsed.formats[name] = _format_name(source, name, [columns for _, columns in readable[:PEEKED_ROWS]])
+    parse = (format or FORMATS[parsed.formats[name]]).parse
     for row, columns in readable:
         try:
-            parsed.items.append((row, FORMATS[name].parse(columns)))
+            parsed.items.append((row, parse(columns)))
         except NothingToLearn as error:
             parsed.empty.append(_problem(row, error))
         except BadRow as error:
             parsed.bad.append(_problem(row, error))
+
+
+def _renamed(
+    found: Sequence[tuple[RowId, Columns]], mapping: Mapping[str, str], source: str, template: str | None
+) -> list[tuple[RowId, Columns]]:
+    """The rows with our names for the columns of `mapping` (ours -> the file's)."""
+    known = [name[0] for name in templated(template).needs] if template else []
+    known += known_columns()
+    if unknown := [name for name in mapping if name not in known]:
+        what = f"`data.columns` names `{quote(unknown[0])}`, a column that no format reads"
+        raise RecipeError(Problem(what, fix=_meant(unknown[0], known, "the columns of the formats are")))
+    there = _columns_of([columns for _, columns in found])
+    lost = [
+        Problem(
+            f"`data.columns` takes `{ours}` from `{quote(theirs)}`, a column that the rows do not have",
+            where=source,
+            fix=_meant(theirs, there, "their columns are"),
+        )
+        for ours, theirs in mapping.items()
+        if theirs not in there
+    ]
+    if lost:
+        raise DataError(*lost)
+    theirs = set(mapping.values())
+    return [
+        (
+            row,
+            {name: value for name, value in columns.items() if name not in theirs}
+            | {ours: columns[name] for ours, name in mapping.items() if name in columns},
+        )
+        for row, columns in found
+    ]
+
+
+def _check_fields(format: Format, found: Sequence[Columns], source: str) -> None:
+    """Every field of a template is a column of some row; a row that lacks one is a bad row."""
+    there = _columns_of(found)
+    lost = [
+        Problem(
+            f"`data.template` names `{name}`, a column that the rows do not have",
+            where=source,
+            fix=_meant(name, there, "their columns are"),
+        )
+        for (name,) in format.needs
+        if name not in there
+    ]
+    if lost:
+        raise DataError(*lost)
+
+
+def _columns_of(found: Sequence[Columns]) -> list[str]:
+    return list(dict.fromkeys(name for columns in found for name in columns))
+
+
+def _meant(name: str, names: Sequence[str], otherwise: str) -> str:
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"write `{quote(near[0])}`" if near else f"{otherwise} {', '.join(f'`{quote(known)}`' for known in names)}"
+
+
+def _format_name(source: Source, name: str, first: Sequence[Columns]) -> str:
+    """The format by name; under `auto`, that of the columns that were given our names, if they make one."""
+    if source.format != "auto":
+        return source.format
+    return detect(source.columns or {}) or _detected(name, first)
 
 
 def _detected(source: str, first: Sequence[Columns]) -> str:
@@ -195,7 +307,8 @@ def _detected(source: str, first: Sequence[Columns]) -> str:
     shown = ", ".join(f"`{quote(column)}`" for column in first[0])
     if not names:
         known = ", ".join(f"{name} ({format})" for name, format in FORMATS.items())
-        raise DataError(Problem(f"the columns {shown} fit no format", where=source, fix=f"the formats are {known}"))
+        fix = f"set `data.columns` or `data.template`; the formats are {known}"
+        raise DataError(Problem(f"the columns {shown} fit no format", where=source, fix=fix))
     name, _ = names.most_common(1)[0]
     log.info("%s: format `%s` found from the columns %s", source, name, shown)
     return name
@@ -217,29 +330,38 @@ def _render(parsed: _Parsed, renderer: Renderer, progress: Progress) -> list[lis
     return rendered
 
 
-def _refuse(bad: Sequence[Problem], count: int) -> None:
-    if len(bad) == 1:
+def _refuse(parsed: _Parsed, bad_rows: str) -> None:
+    bad = parsed.bad
+    if not bad or (bad_rows == "skip" and len(bad) <= MAX_DROPPED * parsed.rows):
+        return
+    if len(bad) == 1 and bad_rows == "error":
         raise DataError(bad[0])
-    if bad:
-        what = f"{len(bad):,} of {count:,} rows cannot be used" + _named(bad)
-        raise DataError(Problem(what, fix=next((problem.fix for problem in bad if problem.fix), "")))
+    too_many = f", and `data.bad_rows: skip` skips at most {MAX_DROPPED:.0%}" if bad_rows == "skip" else ""
+    what = f"{len(bad):,} of {parsed.rows:,} rows cannot be used{too_many}" + _named(bad)
+    raise DataError(Problem(what, fix=next((problem.fix for problem in bad if problem.fix), "")))
 
 
 def _named(problems: Sequence[Problem]) -> str:
     return ":" + "".join(f"\n  {problem.where}: {problem.what}" for problem in problems[:NAMED_ROWS])
 
 
-def _fit(parsed: _Parsed, rendered: Sequence[Sequence[Example]], max_length: int) -> tuple[list[Example], DataReport]:
+def _fit(
+    parsed: _Parsed, rendered: Sequence[Sequence[Example]], max_length: int, entries: Sequence[Source]
+) -> tuple[list[Example], DataReport]:
     """Cuts every example to max_length, leaves out the rows that have nothing to learn then, and counts it all."""
     full = [example for row in rendered for example in row]
     kept = [[short for example in row if (short := truncate(example, max_length)).items] for row in rendered]
-    examples = [example for row in kept for example in row]
+    examples = _mixed([example for row in kept for example in row], entries)
     used = [
         (sum(len(e.input_ids) for e in old), sum(len(e.input_ids) for e in new))
         for old, new in zip(rendered, kept, strict=True)
         if new
     ]
-    dropped = {"empty answer": len(parsed.empty), "no answer within max_length": len(rendered) - len(used)}
+    dropped = {
+        "unusable": len(parsed.bad),
+        "empty answer": len(parsed.empty),
+        "no answer within max_length": len(rendered) - len(used),
+    }
     lengths, prompts = _spread([len(e.input_ids) for e in full]), _spread([e.prompt_length for e in full])
     _refuse_losses(parsed, dropped["no answer within max_length"], max_length, lengths, prompts)
     return examples, DataReport(
@@ -254,23 +376,30 @@ def _fit(parsed: _Parsed, rendered: Sequence[Sequence[Example]], max_length: int
         lengths=lengths,
         prompts=prompts,
         fingerprint=fingerprint(examples),
+        sources=_by_source(examples, entries, parsed),
     )
 
 
 def _spread(lengths: Sequence[int]) -> Spread:
-    """The smallest lengths that hold 50, 95 and 100 % (zeros for no lengths at all)."""
+    """The smallest lengths that hold 50, 95, 99 and 100 % (zeros for no lengths at all)."""
     ranked = sorted(lengths) or [0]
-    p50, p95, longest = (ranked[math.ceil(share * len(ranked)) - 1] for share in (0.5, 0.95, 1))
-    return Spread(p50, p95, longest)
+    return Spread(*(ranked[math.ceil(share * len(ranked)) - 1] for share in (0.5, 0.95, 0.99, 1)))
 
 
 def _refuse_losses(parsed: _Parsed, cut_away: int, max_length: int, lengths: Spread, prompts: Spread) -> None:
-    empty = len(parsed.empty)
-    if empty and empty + cut_away <= MAX_DROPPED * parsed.rows:
-        log.warning("%d of %d rows have an empty answer and are left out%s", empty, parsed.rows, _named(parsed.empty))
-    if empty + cut_away <= MAX_DROPPED * parsed.rows:
+    bad, empty = len(parsed.bad), len(parsed.empty)
+    if bad + empty + cut_away <= MAX_DROPPED * parsed.rows:
+        if bad:
+            log.warning("%d of %d rows cannot be used and are left out%s", bad, parsed.rows, _named(parsed.bad))
+        if empty:
+            log.warning(
+                "%d of %d rows have an empty answer and are left out%s", empty, parsed.rows, _named(parsed.empty)
+            )
         return
     problems = []
+    if bad:
+        what = f"{bad:,} of {parsed.rows:,} rows cannot be used" + _named(parsed.bad[: NAMED_ROWS // 2])
+        problems.append(Problem(what, fix="put them right, or take the rows out"))
     if empty:
         what = f"{empty:,} of {parsed.rows:,} rows have an empty answer" + _named(parsed.empty[: NAMED_ROWS // 2])
         problems.append(Problem(what, fix="fill the answers in, or take the rows out"))
@@ -285,14 +414,80 @@ def _refuse_losses(parsed: _Parsed, cut_away: int, max_length: int, lengths: Spr
     raise DataError(*problems)
 
 
+def _mixed(examples: list[Example], entries: Sequence[Source]) -> list[Example]:
+    """The examples with how often an epoch takes them; the same objects where nothing is to be mixed."""
+    if all(source.weight is None and source.share is None for source in entries):
+        return examples
+    counts = Counter(example.row.source for example in examples)
+    total = sum(source.share or 0 for source in entries)
+    repeats = {
+        label(source): (source.weight or 1.0)
+        if source.share is None
+        else source.share / total * len(examples) / max(1, counts[label(source)])
+        for source in entries
+    }
+    return [replace(example, repeats=repeats[example.row.source]) for example in examples]
+
+
+def _by_source(examples: Sequence[Example], entries: Sequence[Source], parsed: _Parsed) -> dict[str, SourceReport]:
+    found: dict[str, list[Example]] = {label(source): [] for source in entries}
+    for example in examples:
+        found[example.row.source].append(example)
+    length = epoch_length(examples)
+    return {
+        name: SourceReport(
+            rows=parsed.counts[name],
+            examples=len(own),
+            tokens=sum(len(e.input_ids) for e in own),
+            trained_tokens=sum(weight > 0 for e in own for weight in e.weights),
+            share=epoch_length(own) / max(1, length),
+        )
+        for name, own in found.items()
+    }
+
+
 def _permutation(name: str, count: int) -> list[int]:
     seed = int.from_bytes(sha256(name.encode()).digest()[:7], "little")
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def _endless(seed: int, count: int, start: int) -> Iterator[int]:
-    """Places from position `start` of the endless sequence epoch 0, epoch 1, …"""
-    epoch, offset = divmod(start, count)
+def _epochs(examples: Sequence[Example], seed: int) -> Callable[[int], list[int]]:
+    """Epoch -> the places it takes, in order."""
+    if all(example.repeats == 1 for example in examples):
+        return lambda epoch: order(seed, epoch, len(examples))
+    groups = [
+        (_endless_of(source, seed, len(group)), group, _takes(group, examples))
+        for (source, _), group in _groups(examples).items()
+    ]
+
+    def places(epoch: int) -> list[int]:
+        taken = [group[i] for own, group, takes in groups for i in islice(own(epoch * takes), takes)]
+        return [taken[i] for i in order(seed, epoch, len(taken))]
+
+    return places
+
+
+def _endless_of(source: str, seed: int, count: int) -> Callable[[int], Iterator[int]]:
+    """Position -> what comes from there on in the endless sequence of one source's examples."""
+    return partial(_endless, lambda epoch: _permutation(f"epoch {epoch} of {source} of {seed}", count), count)
+
+
+def _groups(examples: Sequence[Example]) -> dict[tuple[str, float], list[int]]:
+    """The places of the examples that are taken alike."""
+    found: dict[tuple[str, float], list[int]] = {}
+    for place, example in enumerate(examples):
+        found.setdefault((example.row.source, example.repeats), []).append(place)
+    return found
+
+
+def _takes(group: Sequence[int], examples: Sequence[Example]) -> int:
+    """How many of a group an epoch takes."""
+    return max(1, round(examples[group[0]].repeats * len(group)))
+
+
+def _endless(epoch_of: Callable[[int], list[int]], length: int, start: int) -> Iterator[int]:
+    """Places from position `start` of the endless sequence epoch 0, epoch 1, …, of `length` places each."""
+    epoch, offset = divmod(start, length)
     while True:
-        yield from order(seed, epoch, count)[offset:]
+        yield from epoch_of(epoch)[offset:]
         epoch, offset = epoch + 1, 0

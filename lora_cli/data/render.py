@@ -1,4 +1,4 @@
-"""From meaning to tokens: Conversation, Instruction or Text -> Examples, by the tokenizer's own chat template.
+"""From meaning to tokens: Conversation, Instruction, Text or Tokens -> Examples, by the tokenizer's own chat template.
 
 A conversation is rendered turn by turn, as it will be at inference:
 
@@ -8,12 +8,15 @@ A conversation is rendered turn by turn, as it will be at inference:
 The answer and its stop token are trained. The next prompt continues the same example if its tokens begin with what is
 there already. If they do not (templates that drop earlier reasoning, a token that reaches over a border), it begins a
 new example: so what stands before a trained answer is always, token by token, what inference will put there.
+
+`train_on` (`data.train_on`) says what is trained: `answers`; the `last` one of a conversation; or `all` tokens up to
+the last answer, each in the first example that has it.
 """
 
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
@@ -36,16 +39,21 @@ ALPACA = (
 )
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
+# What of a message the template must not leave out
+MUST_BE_READ = ("tool_calls", "reasoning_content", "reasoning", "thinking")
+Tools = Sequence[Any]
+
 
 class Renderer:
     """A tokenizer with its chat template: the one way from text to tokens, in training, evaluation and chat."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", train_on: str = "answers") -> None:
         self.tokenizer = tokenizer
+        self.train_on = train_on
         self.has_template = bool(tokenizer.chat_template)
-        self._tagged = self.has_template and GENERATION_TAG.search(tokenizer.get_chat_template()) is not None
+        self.tagged = self.has_template and GENERATION_TAG.search(tokenizer.get_chat_template()) is not None
         added = tokenizer.added_tokens_decoder
-        self._special = {id for id, token in added.items() if token.special} | set(tokenizer.all_special_ids)
+        self.special = {id for id, token in added.items() if token.special} | set(tokenizer.all_special_ids)
         own = tokenizer("")["input_ids"]  # what the tokenizer puts around a text by itself
         self._bos = own[:1] if own[:1] == [tokenizer.bos_token_id] else []
 
@@ -56,18 +64,24 @@ class Renderer:
         """
         if isinstance(item, Instruction):
             item = as_conversation(item) if self.has_template else as_text(item)
-        tokens = self._conversation(item.messages) if isinstance(item, Conversation) else [self._text(item.spans)]
+        if isinstance(item, Conversation):
+            self._all_is_read(item)
+            tokens = self._conversation(CHOOSE[self.train_on](item.messages), item.tools)
+        else:
+            tokens = [self._text(item.spans) if isinstance(item, Text) else (list(item.input_ids), list(item.weights))]
         for input_ids, _ in tokens:
             self._one_bos(input_ids)
+        if self.train_on == "all":
+            tokens = _all_trained(tokens)
         return [Example(input_ids, weights, row) for input_ids, weights in tokens]
 
-    def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
+    def chat_prompt(self, messages: Sequence[Message], tools: Tools = ()) -> list[int]:
         """The tokens before the assistant's next turn."""
-        return self._encode(self._template(messages, add_generation_prompt=True))
+        return self._encode(self._template(messages, tools, add_generation_prompt=True))
 
     def prompt_of(self, question: str, format: str | None) -> list[int]:
         """The tokens before the answer to a question, as rows of `format` (None: not known) are rendered."""
-        if format in ("text", "completion"):
+        if format in ("text", "completion", "template", "tokens"):
             return self.text_prompt(question)
         if self.has_template:
             return self.chat_prompt([Message("user", question, train=False)])
@@ -80,33 +94,49 @@ class Renderer:
         ids = self._encode(text)
         return ids if ids[:1] == self._bos else self._bos + ids
 
-    def _conversation(self, messages: Sequence[Message]) -> list[tuple[list[int], list[float]]]:
+    def _all_is_read(self, talk: Conversation) -> None:
+        """BadRow for tools, calls or reasoning that the template leaves out: the model would never see them."""
+        lost = []
+        if talk.tools and self._template(talk.messages, talk.tools) == self._template(talk.messages):
+            lost.append("tools")
+        for end, message in enumerate(talk.messages, 1):
+            for key in (key for key in MUST_BE_READ if key in message.fields):
+                fields = {name: value for name, value in message.fields.items() if name != key}
+                without = [*talk.messages[: end - 1], replace(message, fields=fields)]
+                if self._template(without, talk.tools) == self._template(talk.messages[:end], talk.tools):
+                    lost.append(key)
+        if lost:
+            fix = f"use a tokenizer whose template reads `{lost[0]}`, or take it out of the rows"
+            raise BadRow(f"the chat template leaves `{lost[0]}` out", fix=fix)
+
+    def _conversation(self, messages: Sequence[Message], tools: Tools) -> list[tuple[list[int], list[float]]]:
         done: list[tuple[list[int], list[float]]] = []
         input_ids: list[int] = []
         weights: list[float] = []
         for end, message in enumerate(messages, 1):
             if not message.train:
                 continue
-            prompt, answer, answer_weights = self._turn(messages[:end])
+            prompt, answer, answer_weights = self._turn(messages[:end], tools)
             if prompt[: len(input_ids)] != input_ids:
                 done.append((input_ids, weights))
                 input_ids, weights = [], []
-            weights = weights + [0.0] * (len(prompt) - len(input_ids)) + answer_weights
+            scaled = [message.weight * weight for weight in answer_weights]
+            weights = weights + [0.0] * (len(prompt) - len(input_ids)) + scaled
             input_ids = prompt + answer
         return [*done, (input_ids, weights)]
 
-    def _turn(self, messages: Sequence[Message]) -> tuple[list[int], list[int], list[float]]:
+    def _turn(self, messages: Sequence[Message], tools: Tools) -> tuple[list[int], list[int], list[float]]:
         """The last message's prompt, its answer up to and with the stop token, and the weights of the answer."""
         if len(messages) == 1:
             raise BadRow("the conversation begins with an answer, so it has no prompt", fix="begin with a user turn")
-        before = self._template(messages[:-1], add_generation_prompt=True)
-        whole = self._template(messages)
+        before = self._template(messages[:-1], tools, add_generation_prompt=True)
+        whole = self._template(messages, tools)
         if not whole.startswith(before):
             raise ModelError(_not_a_prefix(before, whole))
         prompt = self._encode(before)
         answer = self._continue(prompt, before, whole)
         stop = self._stop(answer, whole[len(before) :], messages[-1].content)
-        weights = self._marked(messages, prompt + answer)[len(prompt) :][:stop] if self._tagged else [1.0] * stop
+        weights = self._marked(messages, tools, prompt + answer)[len(prompt) :][:stop] if self.tagged else [1.0] * stop
         if 1.0 not in weights:
             raise ModelError(_marks_nothing(whole[len(before) :]))
         last = stop - weights[::-1].index(1.0)  # marks may end before the stop token, which is trained in any case
@@ -116,12 +146,13 @@ class Renderer:
         """The number of tokens up to and with the stop token: the first special one that the template writes after the
         content, behind which only special tokens and white space stand."""
         end = len(answer)
-        while end and (answer[end - 1] in self._special or not self._decode(answer[end - 1 : end]).strip()):
+        while end and (answer[end - 1] in self.special or not self._decode(answer[end - 1 : end]).strip()):
             end -= 1
-        special = [place for place in range(end, len(answer)) if answer[place] in self._special]
-        _, found, tail = text.rpartition(content.strip())
-        if content.strip() and found:  # special tokens that the content itself ends with are no stop tokens
-            of_template = sum(id in self._special for id in self._encode(tail))
+        special = [place for place in range(end, len(answer)) if answer[place] in self.special]
+        said = content.strip()
+        if said and said in text:  # special tokens that the content itself ends with are no stop tokens
+            tail = text.rpartition(said)[2]
+            of_template = sum(id in self.special for id in self._encode(tail))
             special = special[max(0, len(special) - of_template) :]
         if not special:
             raise ModelError(
@@ -133,13 +164,17 @@ class Renderer:
             )
         return special[0] + 1
 
-    def _marked(self, messages: Sequence[Message], ids: list[int]) -> list[float]:
+    def _marked(self, messages: Sequence[Message], tools: Tools, ids: list[int]) -> list[float]:
         """1 for the tokens that the template's `{% generation %}` blocks hold.
 
         For all of them if the template's tokens are not `ids`, because one was split where prompt and answer meet.
         """
         encoded = self.tokenizer.apply_chat_template(
-            _plain(messages), return_dict=True, return_assistant_tokens_mask=True, tokenizer_kwargs={"verbose": False}
+            _plain(messages),
+            tools=list(tools) or None,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            tokenizer_kwargs={"verbose": False},
         )
         return [float(mark) for mark in encoded["assistant_masks"]] if encoded["input_ids"] == ids else [1.0] * len(ids)
 
@@ -188,7 +223,7 @@ class Renderer:
                 f"the row begins with `{bos}` twice", fix=f"take `{bos}` out of the data: it is added by itself"
             )
 
-    def _template(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+    def _template(self, messages: Sequence[Message], tools: Tools = (), *, add_generation_prompt: bool = False) -> str:
         if not self.has_template:
             raise ModelError(
                 Problem(
@@ -199,7 +234,10 @@ class Renderer:
             )
         try:
             return self.tokenizer.apply_chat_template(
-                _plain(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+                _plain(messages),
+                tools=list(tools) or None,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
             )
         except (TemplateError, TypeError) as error:
             raise BadRow(f"the chat template refuses it: {quote(str(error))}") from error
@@ -219,6 +257,36 @@ def truncate(example: Example, max_length: int) -> Example:
     return replace(example, input_ids=example.input_ids[:max_length], weights=example.weights[:max_length], cut=cut)
 
 
+def _only_last(messages: Sequence[Message]) -> list[Message]:
+    """The same turns, of which only the last answer is learned. BadRow if that one is not to be learned."""
+    last = max(place for place, message in enumerate(messages) if message.role == "assistant")
+    if not messages[last].train:
+        raise BadRow("`data.train_on: last` trains the last answer, and that has `train: false` or `weight: 0`")
+    return [replace(message, train=place == last) for place, message in enumerate(messages)]
+
+
+def _none_left_out(messages: Sequence[Message]) -> Sequence[Message]:
+    if any(message.role == "assistant" and not message.train for message in messages):
+        raise BadRow("`data.train_on: all` trains every token, and an answer has `train: false` or `weight: 0`")
+    return messages
+
+
+# `data.train_on` -> the turns of a conversation as they are to be learned
+CHOOSE = {"answers": lambda messages: messages, "last": _only_last, "all": _none_left_out}
+
+
+def _all_trained(tokens: Sequence[tuple[list[int], list[float]]]) -> list[tuple[list[int], list[float]]]:
+    """Every token with its weight, or 1 where it has none, but not again what the example before begins with too."""
+    found, before = [], list[int]()
+    for input_ids, weights in tokens:
+        pairs = enumerate(zip(before, input_ids, strict=False))
+        same = next((place for place, (a, b) in pairs if a != b), min(len(before), len(input_ids)))
+        known = max(1, same)  # nothing stands before the first token that could predict it
+        found.append((input_ids, [0.0] * known + [weight or 1.0 for weight in weights[known:]]))
+        before = input_ids
+    return found
+
+
 def as_conversation(item: Instruction) -> Conversation:
     asked = f"{item.instruction}\n\n{item.input}" if item.input else item.instruction
     return Conversation((Message("user", asked, train=False), Message("assistant", item.output, train=True)))
@@ -230,8 +298,8 @@ def as_text(item: Instruction) -> Text:
     return Text((Span(prompt, train=False), Span(item.output, train=True)))
 
 
-def _plain(messages: Sequence[Message]) -> list[dict[str, str]]:
-    return [{"role": message.role, "content": message.content} for message in messages]
+def _plain(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    return [message.as_template_reads_it() for message in messages]
 
 
 def _marks_nothing(answer: str) -> Problem:

@@ -1,21 +1,28 @@
 """Rows from files and from the hub: jsonl, json, csv, tsv, parquet, txt, hub id -> (RowId, columns).
 
-A row that cannot be read comes as a Problem in the place of its columns, so that the caller sees all of them. Lines are
+Files may be compressed (gz, zst), and UTF-8 or UTF-16; lines and columns are those of the text inside. A row that cannot be read comes as a Problem in the place of its columns, so that the caller sees all of them. Lines are
 counted as editors count them, from 1, and columns are characters.
 """
 
+import codecs
 import csv
 import difflib
+import gzip
+import io
 import json
 import re
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from lora_cli.data.types import RowId
 from lora_cli.errors import DataError, Problem, first_line
+from lora_cli.recipe.schema import Source
 
 Columns = dict[str, Any]
 Row = tuple[RowId, Columns | Problem]
@@ -24,28 +31,61 @@ HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 QUOTED = 80  # characters of a line that a message shows
+MOST_LINE_BYTES = 10_000_000  # of a line that is one row: 2.5 million tokens, far above any max_length
+
+# How a file begins that is not UTF-8; the longer mark first, for it begins with the shorter
+MARKS = (
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
 
 
-def rows(source: str, *, folder: Path) -> Iterator[Row]:
+def rows(source: str | Source, *, folder: Path) -> Iterator[Row]:
     """The rows of one source, in its own order; a path is relative to `folder`, the recipe's.
 
     Raises DataError, at the first row, for a source that cannot be opened or has no rows in a known form.
     """
+    source = Source(source=source) if isinstance(source, str) else source
     if not is_path(source, folder):
         yield from _hub(source)
         return
-    path = _file(source, folder)
+    path = _file(source.source, folder)
+    if of_hub := [key for key in ("split", "config", "revision") if key in source.model_fields_set]:
+        what = f"`{source.source}` is a file, and a file has no `{of_hub[0]}`"
+        raise DataError(Problem(what, where=str(path), fix=f"leave `{of_hub[0]}` out"))
     try:
-        yield from READERS[path.suffix.lower()](path, source)
+        yield from READERS[_form(path.name)](path, source.source)
+    except (EOFError, gzip.BadGzipFile, zlib.error, *_zstd_errors()) as error:
+        what = f"`{source.source}` is damaged: {quote(first_line(error))}"
+        raise DataError(Problem(what, where=str(path), fix="get the file anew")) from error
+    except UnicodeError as error:  # of UTF-16 and UTF-32; lines that are not UTF-8 are told one by one
+        what = f"`{source.source}` is not what its byte order mark says: {quote(first_line(error))}"
+        raise DataError(Problem(what, where=str(path), fix="save the file as UTF-8")) from error
     except OSError as error:
-        raise DataError(Problem(f"`{source}` cannot be read: {error.strerror}", where=str(path))) from error
+        raise DataError(Problem(f"`{source.source}` cannot be read: {error.strerror}", where=str(path))) from error
 
 
-def is_path(source: str, folder: Path) -> bool:
+def label(source: Source) -> str:
+    """How messages and reports name a source: as the recipe does, with what it takes of a dataset on the hub."""
+    taken = [source.config, None if source.split == "train" else source.split, source.revision]
+    named = ", ".join(part for part in taken if part)
+    return f"{source.source} ({named})" if named else source.source
+
+
+def is_path(source: str | Source, folder: Path) -> bool:
     """A path if it is there, ends as a data file does, or cannot be a hub id (`./x`, `/x`, `a/b/c`); else a hub id."""
-    if Path(source).suffix.lower() in READERS or not HUB_ID.fullmatch(source):
+    name = source if isinstance(source, str) else source.source
+    if _form(name) in READERS or not HUB_ID.fullmatch(name):
         return True
-    return (folder / source).exists()
+    return (folder / name).exists()
+
+
+def _form(name: str) -> str:
+    """`.jsonl` of `a.jsonl`, `a.jsonl.gz` and `a.jsonl.zst`."""
+    path = Path(name.lower())
+    return Path(path.stem).suffix if path.suffix in OPENERS else path.suffix
 
 
 def quote(line: str, column: int = 1) -> str:
@@ -58,7 +98,7 @@ def quote(line: str, column: int = 1) -> str:
 
 def _file(source: str, folder: Path) -> Path:
     path = folder / Path(source).expanduser()
-    known = ", ".join(READERS)
+    known = f"{', '.join(READERS)} (and those with {' or '.join(OPENERS)} behind it)"
     if path.is_dir():
         inside = [f"`{source.rstrip('/')}/{name}`" for name in _data_files(path)]
         fix = f"name a file: {', '.join(inside[:5])}" if inside else f"name a file that ends in one of {known}"
@@ -71,7 +111,7 @@ def _file(source: str, folder: Path) -> Path:
             else f"paths are relative to the recipe's folder, {folder}"
         )
         raise DataError(Problem(f"data file `{source}` does not exist", where=str(path), fix=fix))
-    if path.suffix.lower() not in READERS:
+    if _form(path.name) not in READERS:
         raise DataError(
             Problem(
                 f"`{source}` has no form known here", where=str(path), fix=f"use a file that ends in one of {known}"
@@ -83,29 +123,84 @@ def _file(source: str, folder: Path) -> Path:
 def _data_files(folder: Path) -> list[str]:
     if not folder.is_dir():
         return []
-    return sorted(path.name for path in folder.iterdir() if path.suffix.lower() in READERS)
+    return sorted(path.name for path in folder.iterdir() if _form(path.name) in READERS)
 
 
 def _jsonl(path: Path, source: str) -> Iterator[Row]:
-    for row, line in _lines(path, source):
+    for row, line in _row_lines(path, source):
         if isinstance(line, Problem):
             yield row, line
         elif line.strip():
             yield row, _object(line, row)
 
 
+def _row_lines(path: Path, source: str) -> Iterator[tuple[RowId, str | Problem]]:
+    """Lines of which each is a row; one above MOST_LINE_BYTES is a Problem."""
+    for row, line in _lines(path, source):
+        too_long = isinstance(line, str) and len(line) > MOST_LINE_BYTES // 4 and len(line.encode()) > MOST_LINE_BYTES
+        yield row, _too_long(line, row) if too_long else line
+
+
+def _too_long(line: str, row: RowId) -> Problem:
+    what = f"a row of {len(line.encode()):,} bytes, and a row has at most {MOST_LINE_BYTES:,}"
+    return Problem(what, where=str(row), line=quote(line), fix="cut the document into several rows")
+
+
 def _lines(path: Path, source: str) -> Iterator[tuple[RowId, str | Problem]]:
-    """Lines without their ends (LF or CRLF) and without a byte order mark; a line that is not UTF-8 is a Problem."""
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, 1):
+    """Lines without their ends (LF or CRLF) and without a byte order mark.
+
+    A line that is not UTF-8, or that holds a NUL byte, is a Problem.
+    """
+    with _opened(path) as file:
+        encoding = next((encoding for mark, encoding in MARKS if file.peek(4).startswith(mark)), None)
+        # kept until the file is closed, for a wrapper that is dropped before warns of a file left open
+        wrapped = io.TextIOWrapper(file, encoding, newline="\n") if encoding else None
+        lines = (line.encode() for line in wrapped) if wrapped else file
+        for number, raw in enumerate(lines, 1):
             row = RowId(source, number)
             raw = raw.removesuffix(b"\n").removesuffix(b"\r")
             try:
                 text = raw.decode()
             except UnicodeDecodeError as error:
                 yield row, _not_utf8(raw, error, row)
-            else:
-                yield row, text.removeprefix("\ufeff") if number == 1 else text
+                continue
+            text = text.removeprefix("\ufeff") if number == 1 else text
+            yield row, _holds_nul(text, row) if "\0" in text else text
+
+
+def _opened(path: Path) -> io.BufferedReader:
+    """The bytes inside a file."""
+    opener = OPENERS.get(path.suffix.lower())
+    return io.BufferedReader(opener(path) if opener else path.open("rb", buffering=0))
+
+
+def _zst(path: Path) -> Any:
+    zstd = _zstd()
+    if zstd is None:
+        fix = "`pip install zstandard`, or unpack the file with `zstd -d`"
+        raise DataError(Problem("a .zst file needs the package `zstandard`", where=str(path), fix=fix))
+    return zstd.open(path, "rb")
+
+
+def _zstd() -> ModuleType | None:
+    """Python's own module (from 3.14 on), or the package; None where neither is there."""
+    for name in ("compression.zstd", "zstandard"):
+        try:
+            return import_module(name)
+        except ImportError:
+            continue
+    return None
+
+
+def _zstd_errors() -> tuple[type[Exception], ...]:
+    """What either module raises for a damaged file; asked only once something has been raised."""
+    return (_zstd().ZstdError,) if _zstd() else ()
+
+
+def _holds_nul(text: str, row: RowId) -> Problem:
+    column = text.index("\0") + 1
+    fix = "save the file as text, in UTF-8; a JSON string writes it as `\\u0000`"
+    return Problem("a NUL byte in a text file", where=f"{row}:{column}", line=quote(text, column), fix=fix)
 
 
 def _not_utf8(raw: bytes, error: UnicodeDecodeError, row: RowId) -> Problem:
@@ -251,6 +346,9 @@ def _parquet(path: Path, source: str) -> Iterator[Row]:
     import pyarrow
     from pyarrow import parquet
 
+    if path.suffix.lower() in OPENERS:
+        what = f"`{source}` is compressed, and a Parquet file is so by itself"
+        raise DataError(Problem(what, where=str(path), fix="unpack it"))
     try:
         number = 0
         with parquet.ParquetFile(path) as file:
@@ -264,29 +362,32 @@ def _parquet(path: Path, source: str) -> Iterator[Row]:
 
 def _txt(path: Path, source: str) -> Iterator[Row]:
     """Each line that is not blank is one document; documents of several lines belong in jsonl, as {"text": …}."""
-    for row, line in _lines(path, source):
+    for row, line in _row_lines(path, source):
         if isinstance(line, Problem):
             yield row, line
         elif line.strip():
             yield row, {"text": line}
 
 
-def _hub(source: str) -> Iterator[Row]:
-    """The split `train` of a dataset on the hub."""
+def _hub(source: Source) -> Iterator[Row]:
+    """The split of a dataset on the hub."""
     import datasets
 
     try:
-        split = datasets.load_dataset(source, split="train")
+        split = datasets.load_dataset(source.source, name=source.config, split=source.split, revision=source.revision)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
             Problem(
-                f"dataset `{source}` cannot be had from the hub: {quote(first_line(error))}",
+                f"dataset `{source.source}` cannot be had from the hub: {quote(first_line(error))}",
                 fix="check the name and the network; `hf auth login` for a gated or private one; or name a local file",
             )
         ) from error
     for number, columns in enumerate(split, 1):
-        yield RowId(source, number, is_line=False), columns
+        yield RowId(label(source), number, is_line=False), columns
 
+
+# The ending that a compressed file has behind that of its form -> a stream of what is inside
+OPENERS: dict[str, Callable[[Path], Any]] = {".gz": gzip.GzipFile, ".zst": _zst}
 
 READERS: dict[str, Callable[[Path, str], Iterator[Row]]] = {
     ".jsonl": _jsonl,

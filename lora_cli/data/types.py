@@ -1,12 +1,13 @@
-"""The stations of one training example: Conversation, Instruction or Text -> Example -> Batch.
+"""The stations of one training example: Conversation, Instruction, Text or Tokens -> Example -> Batch.
 
 A row of a file becomes a Conversation (turns, to be rendered by the chat template), an Instruction (a chat where there
-is a template, else a written prompt) or a Text (spans, rendered as they stand); rendering gives an Example (tokens and
-their weights); collating gives a Batch (tensors).
+is a template, else a written prompt), a Text (spans, rendered as they stand) or Tokens (which need no rendering);
+rendering gives an Example (tokens and their weights); collating gives a Batch (tensors).
 """
 
-from dataclasses import dataclass
-from typing import TypedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NotRequired, TypedDict
 
 from torch import Tensor
 
@@ -44,11 +45,17 @@ class Message:
     role: str  # system, user, assistant or tool
     content: str
     train: bool  # whether this turn is learned
+    weight: float = 1.0  # of each of its tokens in the loss, where it is learned
+    fields: Mapping[str, Any] = field(default_factory=dict)  # what else the template reads: `tool_calls` …
+
+    def as_template_reads_it(self) -> dict[str, Any]:
+        return {"role": self.role, "content": self.content, **self.fields}
 
 
 @dataclass(frozen=True)
 class Conversation:
     messages: tuple[Message, ...]
+    tools: tuple[Any, ...] = ()  # what may be called, as JSON schemas
 
 
 @dataclass(frozen=True)
@@ -73,12 +80,20 @@ class Text:
     spans: tuple[Span, ...]
 
 
-Item = Conversation | Instruction | Text
+@dataclass(frozen=True)
+class Tokens:
+    """A row that is tokenized already, with the weight of each token."""
+
+    input_ids: tuple[int, ...]
+    weights: tuple[float, ...]
+
+
+Item = Conversation | Instruction | Text | Tokens
 
 
 @dataclass(frozen=True)
 class Example:
-    """Tokens with the weight of each in the loss: 0 for what is only read, 1 for what is learned.
+    """Tokens with the weight of each in the loss: 0 for what is only read, above it for what is learned (mostly 1).
 
     `weights[i]` is the weight of predicting `input_ids[i]` from what stands before it; so `weights[0]` is always 0.
     """
@@ -87,6 +102,7 @@ class Example:
     weights: list[float]
     row: RowId
     cut: int = 0  # tokens that max_length removed
+    repeats: float = 1.0  # how often an epoch takes it, on average
 
     @property
     def items(self) -> float:
@@ -100,9 +116,15 @@ class Example:
 
 
 class Batch(TypedDict):
-    """One micro-batch. Positions without a label carry IGNORE; `weights` are aligned with `labels`."""
+    """One micro-batch. Positions without a label carry IGNORE; `weights` are aligned with `labels`.
+
+    `documents` and `places` are there where rows are packed: the number of each token's document in its row, and its
+    place in the document.
+    """
 
     input_ids: Tensor  # [batch, time] int64
     labels: Tensor  # [batch, time] int64, already shifted: labels[t] is the token to predict at t
     weights: Tensor  # [batch, time] float32
     positions: Tensor  # [kept] int64: the time positions at which any row has a label, for logits of those alone
+    documents: NotRequired[Tensor]  # [batch, time] int64
+    places: NotRequired[Tensor]  # [batch, time] int64

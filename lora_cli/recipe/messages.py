@@ -9,9 +9,9 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from lora_cli.recipe.document import Document, Finding, KeyPath, Place, shown
-from lora_cli.recipe.schema import blocks, keys
-from lora_cli.recipe.spelling import dotted, fits, near, path_in, written
-from lora_cli.recipe.unknown import unknown_key
+from lora_cli.recipe.schema import blocks, keys, source_field
+from lora_cli.recipe.spelling import dotted, fits, near, path_in, spelled, written
+from lora_cli.recipe.unknown import SOURCE, unknown_key
 
 # Pydantic's type of an error -> what the value must be
 MUST_BE: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
@@ -43,14 +43,20 @@ def findings_of(error: ValidationError, document: Document) -> tuple[list[Findin
     errors = error.errors(include_url=False)
     unknown = [unknown_key(e["loc"], document) for e in errors if e["type"] == "extra_forbidden"]
     meant = {key for _, key in unknown if key}
-    missing = [key for e in errors if e["type"] == "missing" for key in _missing(e["loc"])]
+    inside = [e for e in errors if e["type"] in ("extra_forbidden", "missing") and _is_in_a_source(e["loc"])]
+    missing = [key for e in errors if e["type"] == "missing" and e not in inside for key in _missing(e["loc"])]
     wrong = [e for e in errors if e["type"] not in ("extra_forbidden", "missing")]
     findings = [
         *(finding for finding, _ in unknown),
         *(_needed(key, document) for key in missing if key not in meant),
+        *(_needed_source(e["loc"], document) for e in inside if e["type"] == "missing" and SOURCE not in meant),
         *_wrong_values(wrong, document),
     ]
-    return findings, meant | {*missing} | {key for e in wrong for key in _broken(e["loc"])}
+    return findings, meant | {*missing} | {key for e in (*wrong, *inside) for key in _broken(e["loc"])}
+
+
+def _is_in_a_source(loc: KeyPath) -> bool:
+    return len(loc) > 3 and loc[:2] == ("data", "train")
 
 
 def _broken(loc: KeyPath) -> list[str]:
@@ -73,10 +79,10 @@ def _wrong_values(errors: list[ErrorDetails], document: Document) -> Iterable[Fi
 def _wrong_value(key: str, path: KeyPath, errors: list[ErrorDetails], document: Document) -> Finding:
     place, given = document.places[path], errors[0]["input"]
     if any(e["type"] in EMPTY for e in errors):
-        return place.problem(f"`{dotted(path)}` is empty", _example(place, key))
+        return place.problem(f"`{dotted(path)}` is empty", _source_fix(path, given) or _example(place, key))
     phrases = dict.fromkeys(MUST_BE[e["type"]](e.get("ctx", {})) for e in errors)
     what = f"`{dotted(path)}` must be {' or '.join(phrases)}, not {_described(given)}"
-    return place.problem(what, _fix(place, key, errors, given))
+    return place.problem(what, _source_fix(path, given) or _fix(place, key, errors, given))
 
 
 def _described(value: Any) -> str:
@@ -99,6 +105,17 @@ def _fix(place: Place, key: str, errors: list[ErrorDetails], given: Any) -> str:
     if nearest:
         return f"write {written(place, key, [nearest] if key == 'training.trackers' else nearest)}"
     return _example(place, key)
+
+
+def _source_fix(path: KeyPath, given: Any) -> str:
+    """The fix for a key of a source; '' for another path."""
+    if not (found := source_field(path)):
+        return ""
+    name, field = found
+    if given is None and len(path) == 4 and not field.is_required():
+        return f"leave `{name}` out"
+    value = field.examples[0] if field.examples else field.default
+    return f"for example `{name}: {spelled(value)}`"
 
 
 def _block_fix(block: str, given: Any) -> str:
@@ -141,3 +158,10 @@ def _needed(key: str, document: Document) -> Finding:
         return document.keys[(block,)].problem(f"`{key}` is needed", f"add `{name}: {example}` under `{block}:`")
     place = document.source.at()
     return place.problem(f"`{key}` is needed", f"add `{block}: {{{name}: {example}}}`", quoted=False)
+
+
+def _needed_source(loc: KeyPath, document: Document) -> Finding:
+    path = path_in(loc, document.values)
+    return document.places[path].problem(
+        f"`{dotted(path)}.source` is needed", "add `source: ` with a path or hub id, as in `{source: train.jsonl}`"
+    )

@@ -169,7 +169,13 @@ def _portable(key: str, loaded: LoadedRecipe) -> Any:
     if key not in ("data.train", "data.eval") or value is None:
         return value
     folder = loaded.path.parent
-    return data_source(value, folder) if isinstance(value, str) else [data_source(source, folder) for source in value]
+    return data_source(value, folder) if isinstance(value, str) else [_portable_entry(entry, folder) for entry in value]
+
+
+def _portable_entry(entry: Any, folder: Path) -> Any:
+    if isinstance(entry, str):
+        return data_source(entry, folder)
+    return entry.model_dump(exclude_defaults=True) | {"source": data_source(entry.source, folder)}
 
 
 def _flow(value: Any) -> str:

@@ -5,7 +5,7 @@ from typing import Any
 from pydantic.fields import FieldInfo
 
 from lora_cli.recipe.other_tools import foreign_names
-from lora_cli.recipe.schema import Recipe, blocks, keys
+from lora_cli.recipe.schema import Recipe, Source, blocks, keys
 from lora_cli.recipe.spelling import spelled
 
 EXAMPLE = """\
@@ -42,6 +42,25 @@ The first line of the example gives an editor that speaks the YAML language serv
 [recipe.schema.json](recipe.schema.json).
 """
 
+SOURCES = """\
+### Sources
+
+An entry of `data.train` is a path, a hub id, or a block of these keys:
+
+```yaml
+data:
+  train:
+    - chats.jsonl
+    - {source: HuggingFaceH4/no_robots, split: train, weight: 0.5}
+    - {source: faq.csv.gz, weight: 2, columns: {prompt: question, completion: answer}}
+```
+
+`weight` says how often an epoch takes each row: 2 is twice, 0.5 takes half of the rows, in each epoch others. With
+`share` an epoch has as many rows as all sources together, in these proportions. Rows are counted as examples, after
+those with nothing to learn are left out. The mix is a function of `training.seed` and the epoch.
+
+"""
+
 NAMES = """\
 ## Names from other tools
 
@@ -68,6 +87,8 @@ def recipe_page() -> str:
     for name, block in blocks().items():
         inner = {key.partition(".")[2]: field for key, field in keys().items() if key.startswith(f"{name}.")}
         parts.append(f"## `{name}`\n\n{block.__doc__}\n\n{_table(inner)}")
+        if name == "data":
+            parts.append(SOURCES + _table(Source.model_fields))
     parts.append(f"## Beside the blocks\n\n{_table({key: field for key, field in keys().items() if '.' not in key})}")
     rows = (f"| `{name}` | {other.tool} | {_here(name)} |" for name, other in sorted(foreign_names().items()))
     parts.append(NAMES + "\n".join(rows) + "\n")
@@ -92,6 +113,8 @@ def _shapes() -> dict[int, dict[str, Any]]:
     """The JSON Schema of each key, by the identity of its field."""
     schema = Recipe.model_json_schema()
     found = {}
+    for name, field in Source.model_fields.items():
+        found[id(field)] = schema["$defs"]["Source"]["properties"][name]
     for key, field in keys().items():
         block, _, name = key.rpartition(".")
         properties = schema["$defs"][blocks()[block].__name__]["properties"] if block else schema["properties"]
@@ -101,14 +124,16 @@ def _shapes() -> dict[int, dict[str, Any]]:
 
 def _type(shape: dict[str, Any]) -> str:
     """`whole number ≥ 1 or null` from a JSON Schema."""
-    if "anyOf" in shape:
-        return " or ".join(_type(branch) for branch in shape["anyOf"])
+    if branches := shape.get("anyOf") or shape.get("oneOf"):
+        return " or ".join(_type(branch) for branch in branches)
+    if "$ref" in shape:
+        return f"a {shape['$ref'].rpartition('/')[2].lower()}"
     if "const" in shape or "enum" in shape:
         return ", ".join(f"`{choice}`" for choice in shape.get("enum", [shape.get("const")]))
     if shape["type"] == "array":
         return f"list of {_type(shape['items'])}"
     if shape["type"] == "object":
-        return f"pattern: {_type(shape['additionalProperties'])}"
+        return f"name: {_type(shape['additionalProperties'])}"
     return " ".join(filter(None, (TYPES[shape["type"]], _limits(shape))))
 
 

@@ -10,18 +10,12 @@ from typing import NamedTuple
 
 from lora_cli.errors import Problem
 from lora_cli.recipe.document import shown
-from lora_cli.recipe.schema import Recipe, share_of
+from lora_cli.recipe.schema import Recipe, share_of, sources_of
 
 
 class Rule(NamedTuple):
     keys: tuple[str, ...]
     check: Callable[[Recipe], Problem | None]
-
-
-def packing_has_not_landed(recipe: Recipe) -> Problem | None:
-    if not recipe.data.packing:
-        return None
-    return Problem("`data.packing: true` is not possible yet: packing has not landed", fix="set `data.packing: false`")
 
 
 def share_leaves_rows_on_both_sides(recipe: Recipe) -> Problem | None:
@@ -38,6 +32,52 @@ def share_has_its_sign(recipe: Recipe) -> Problem | None:
     if not re.fullmatch(r"[0-9]*\.?[0-9]+", source):
         return None
     return Problem(f"`data.eval: {shown(source)}` is a number without `%`", fix="write a share such as `data.eval: 5%`")
+
+
+def sources_have_a_weight_or_a_share(recipe: Recipe) -> Problem | None:
+    """Where one source has a share, all of them have, and none has a weight."""
+    sources = sources_of(recipe.data.train)
+    if all(source.share is None for source in sources):
+        return None
+    if with_weight := [source.source for source in sources if source.weight is not None]:
+        what = f"`data.train` mixes by `weight` and by `share`: `{shown(with_weight[0])}` has a weight"
+        return Problem(what, fix="give every source a `share`, or none")
+    if without := [source.source for source in sources if source.share is None]:
+        what = f"`data.train` mixes by `share`, and `{shown(without[0])}` has none"
+        return Problem(what, fix="give every source a `share`, or use `weight`")
+    return None
+
+
+def mixed_sources_stand_once(recipe: Recipe) -> Problem | None:
+    sources = sources_of(recipe.data.train)
+    if all(source.weight is None and source.share is None for source in sources):
+        return None
+    names = [(source.source, source.config, source.split, source.revision) for source in sources]
+    twice = next((name[0] for name in names if names.count(name) > 1), None)
+    if twice is None:
+        return None
+    return Problem(f"`data.train` mixes `{shown(twice)}` in twice", fix="name it once, with a `weight` for both")
+
+
+def shares_sum_to_one(recipe: Recipe) -> Problem | None:
+    """Within 1 %, so that thirds may be written 0.33."""
+    sources = sources_of(recipe.data.train)
+    shares = [source.share for source in sources if source.share is not None]
+    if len(shares) < len(sources) or abs(sum(shares) - 1) <= 0.0101:
+        return None
+    scaled = ", ".join(f"{share / sum(shares):.3g}" for share in shares)
+    what = f"the shares of `data.train` sum to {sum(shares):g}, not to 1"
+    return Problem(
+        what, fix=f"in the same proportion they are {scaled}; or use `weight`, which need not sum to anything"
+    )
+
+
+def a_template_is_a_format(recipe: Recipe) -> Problem | None:
+    data = recipe.data
+    if data.template is None or data.format == "auto":
+        return None
+    what = f"`data.template` and `data.format: {data.format}` both say how a row is read"
+    return Problem(what, fix="leave one of them out; a source in `data.train` may have a `format` of its own")
 
 
 def micro_batch_fits_the_global_batch(recipe: Recipe) -> Problem | None:
@@ -82,7 +122,10 @@ def _targets(recipe: Recipe) -> list[str]:
 
 
 RULES = (
-    Rule(("data.packing",), packing_has_not_landed),
+    Rule(("data.train",), sources_have_a_weight_or_a_share),
+    Rule(("data.train",), mixed_sources_stand_once),
+    Rule(("data.train",), shares_sum_to_one),
+    Rule(("data.template", "data.format"), a_template_is_a_format),
     Rule(("data.eval",), share_leaves_rows_on_both_sides),
     Rule(("data.eval",), share_has_its_sign),
     Rule(("training.micro_batch_size", "training.global_batch_size"), micro_batch_fits_the_global_batch),

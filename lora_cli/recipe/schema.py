@@ -5,15 +5,17 @@ The models are frozen and know no YAML; `reader.py` gives values their place in 
 """
 
 import re
+from collections.abc import Sequence
 from functools import cache
 from inspect import isclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator
 from pydantic.fields import FieldInfo
 
 from lora_cli.lora.config import LoRAConfig
 from lora_cli.lora.targets import ALL_LINEAR
+from lora_cli.recipe.template import parse_template
 
 NonEmpty = Annotated[str, Field(min_length=1)]
 Positive = Annotated[int, Field(ge=1)]
@@ -25,6 +27,8 @@ Several = Annotated[list[NonEmpty], Field(min_length=1)]
 Schedule = Literal[
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
 ]
+
+Format = Literal["auto", "text", "completion", "alpaca", "messages", "sharegpt", "tokens"]
 
 
 class Block(BaseModel):
@@ -129,12 +133,66 @@ class LoRA(Block):
         )
 
 
+class Source(Block):
+    """An entry of `data.train` that needs more than a path or hub id."""
+
+    source: NonEmpty = Field(
+        description="A path (relative to the recipe) or a hub id.",
+        examples=["train.jsonl"],
+    )
+    weight: PositiveNumber | None = Field(
+        None,
+        description="How often an epoch takes each row of it, 1 where nothing is said; of a fraction, each epoch takes "
+        "other rows.",
+        examples=[2.0],
+    )
+    share: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None,
+        description="Its share of an epoch, which has as many rows as all sources together; every source has one, and "
+        "they sum to 1.",
+        examples=[0.3],
+    )
+    split: NonEmpty = Field("train", description="Split of a dataset on the hub; `train[:10%]` takes a part of it.")
+    config: NonEmpty | None = Field(
+        None, description="Configuration (subset) of a dataset on the hub.", examples=["en"]
+    )
+    revision: NonEmpty | None = Field(
+        None, description="Branch, tag or commit of a dataset on the hub.", examples=["main"]
+    )
+    format: Format | None = Field(
+        None, description="How its rows are read; null goes by `data.template` or `data.format`.", examples=["messages"]
+    )
+    columns: dict[str, NonEmpty] | None = Field(
+        None,
+        description="What its file calls the columns of a format; null takes `data.columns`.",
+        examples=[{"prompt": "question"}],
+    )
+
+
+def _kind_of_train(value: Any) -> str:
+    return "<list>" if isinstance(value, list | dict) else "<text>"
+
+
+def _kind_of_entry(value: Any) -> str:
+    return "<source>" if isinstance(value, dict | Source) else "<text>"
+
+
+# The kind is chosen before its keys are checked, so that a mistake in one is told once and by its own name
+Entry = Annotated[
+    Annotated[NonEmpty, Tag("<text>")] | Annotated[Source, Tag("<source>")], Discriminator(_kind_of_entry)
+]
+Sources = Annotated[
+    Annotated[NonEmpty, Tag("<text>")] | Annotated[list[Entry], Field(min_length=1), Tag("<list>")],
+    Discriminator(_kind_of_train),
+]
+
+
 class Data(Block):
     """The rows: where they are, how they read, how long they may be."""
 
-    train: NonEmpty | Several = Field(
-        description="A path (jsonl, json, csv, parquet, txt; relative to the recipe), a hub id, or a list of them, "
-        "read one after the other.",
+    train: Sources = Field(
+        description="A path (jsonl, json, csv, parquet, txt, also as gz or zst; relative to the recipe), a hub id, or "
+        "a list of them; an entry of the list may be a block of keys, such as `{source: a.jsonl, weight: 2}`.",
         examples=["train.jsonl"],
     )
     eval: NonEmpty | None = Field(
@@ -142,15 +200,45 @@ class Data(Block):
         description="Held-out rows: a path, a hub id, or a share of train such as `5%`; null measures nothing.",
         examples=["5%"],
     )
-    format: Literal["auto", "text", "completion", "alpaca", "messages", "sharegpt"] = Field(
+    format: Format = Field(
         "auto", description="How a row is read; `auto` finds it from the columns and says which it took."
+    )
+    columns: dict[str, NonEmpty] = Field(
+        {},
+        description="What the files call the columns of a format, where they have other names.",
+        examples=[{"prompt": "question", "completion": "answer"}],
+    )
+    template: NonEmpty | None = Field(
+        None,
+        description="Text made of a row's columns, in place of a format: `{name}` is a column, `[[…]]` is trained, and "
+        "an end token follows; `{{` and `}}` are braces.",
+        examples=["Q {question} A [[{answer}]]"],
+    )
+    train_on: Literal["answers", "last", "all"] = Field(
+        "answers",
+        description="What is learned: every answer, the last one of a conversation, or all tokens up to the last "
+        "answer, prompts too.",
+    )
+    bad_rows: Literal["error", "skip"] = Field(
+        "error",
+        description="What becomes of rows that cannot be used; `skip` leaves them out with a warning, and above 5 % it "
+        "is an error all the same.",
     )
     max_length: int = Field(
         2048, ge=2, description="Tokens of a row at most; longer rows are cut, and how many were is reported."
     )
     packing: bool = Field(
-        False, description="Put several rows into one of max_length, which wastes no padding; not available yet."
+        True,
+        description="Put several rows into one, so that no time goes into padding; they never see each other, and "
+        "losses and steps are those of unpacked rows.",
     )
+
+    @field_validator("template")
+    @classmethod
+    def _is_a_template(cls, text: str | None) -> str | None:
+        if text is not None:
+            parse_template(text)
+        return text
 
 
 class Training(Block):
@@ -249,6 +337,12 @@ class Recipe(Block):
     output: NonEmpty = Field("out/", description="The run folder, relative to the current one; `--out` overrides it.")
 
 
+def source_field(path: Sequence[str | int]) -> tuple[str, FieldInfo] | None:
+    """The key of a Source at `data.train[…].…`, as a path; None for any other path."""
+    inside = len(path) > 3 and tuple(path[:2]) == ("data", "train") and str(path[3]) in Source.model_fields
+    return (str(path[3]), Source.model_fields[str(path[3])]) if inside else None
+
+
 @cache
 def blocks() -> dict[str, type[Block]]:
     """`model`, `lora`, `data`, `training`: the keys of a recipe that hold keys."""
@@ -264,6 +358,12 @@ def keys() -> dict[str, FieldInfo]:
         inner = blocks()[name].model_fields if name in blocks() else {}
         found |= {f"{name}.{key}": inner[key] for key in inner} or {name: field}
     return found
+
+
+def sources_of(train: str | Sequence[str | Source]) -> list[Source]:
+    """Each source of `data.train` as a Source, in order."""
+    entries = [train] if isinstance(train, str) else train
+    return [Source(source=entry) if isinstance(entry, str) else entry for entry in entries]
 
 
 def seconds_of(time: str) -> int:

@@ -4,8 +4,17 @@ from typing import Any
 
 from lora_cli.recipe.document import Document, Finding, KeyPath, Place, looks_secret, shown
 from lora_cli.recipe.other_tools import Foreign, foreign
-from lora_cli.recipe.schema import Recipe, blocks, keys
+from lora_cli.recipe.schema import Recipe, Source, blocks, keys
 from lora_cli.recipe.spelling import dotted, fits, near, path_in, written
+
+# How other tools call the keys of a source, where that is not a name of ours elsewhere
+SOURCE = "data.train[].source"
+SOURCE_KEYS = {
+    **dict.fromkeys(("path", "file", "file_name", "data_files", "dataset", "dataset_name", "hf_hub_url"), "source"),
+    **dict.fromkeys(("name", "subset", "config_name"), "config"),
+    **dict.fromkeys(("type", "formatting"), "format"),
+    **dict.fromkeys(("ratio", "probability", "probs", "proportion"), "share"),
+}
 
 SWITCHED_OFF = {"false", "no", "off", "0", "none"}
 
@@ -17,6 +26,8 @@ def unknown_key(loc: KeyPath, document: Document) -> tuple[Finding, str]:
     if looks_secret(name):
         what = f"`{dotted(path)}` looks like a secret, and a recipe holds none"
         return place.problem(what, "remove it; tokens come from the environment (`HF_TOKEN`) or `hf auth login`"), ""
+    if len(path) == 4 and path[:2] == ("data", "train"):
+        return _unknown_in_source(path, place)
     if other := foreign(name):
         what = f"`{shown(name)}` is {other.owner} name; here it is {other.here}"
         return place.problem(what, _foreign_fix(place, path, other, value)), other.key
@@ -30,6 +41,14 @@ def unknown_key(loc: KeyPath, document: Document) -> tuple[Finding, str]:
     nearest = _nearest_key(path, value)
     what = f"`{dotted(path)}` is not a recipe key"
     return place.problem(what, _rename(place, path, nearest, value) if nearest else _known(path)), nearest
+
+
+def _unknown_in_source(path: KeyPath, place: Place) -> tuple[Finding, str]:
+    name = str(path[-1])
+    meant = SOURCE_KEYS.get(name.lower()) or near(name, Source.model_fields, 0.6)
+    fix = f"rename it to `{meant}`" if meant else f"the keys of a source are {', '.join(Source.model_fields)}"
+    finding = place.problem(f"`{dotted(path)}` is not a key of a source", fix)
+    return finding, SOURCE if meant == "source" else ""
 
 
 def _value_at(values: Any, path: KeyPath) -> Any:

@@ -1,7 +1,7 @@
 import pytest
 
-from lora_cli.data.formats import FORMATS, detect
-from lora_cli.data.types import BadRow, Conversation, Instruction, Message, NothingToLearn, Span, Text
+from lora_cli.data.formats import FORMATS, detect, templated
+from lora_cli.data.types import BadRow, Conversation, Instruction, Message, NothingToLearn, Span, Text, Tokens
 
 ASKED, ANSWERED = Message("user", "what", train=False), Message("assistant", "that", train=True)
 SYSTEM = Message("system", "be brief", train=False)
@@ -28,6 +28,27 @@ ROWS = [
         },
         Conversation((ASKED, ANSWERED, Message("tool", "3", train=False), Message("assistant", "so", train=False))),
     ),
+    (
+        "messages",
+        {
+            "messages": [
+                TURNS[0],
+                {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}], "name": None},
+                {"role": "tool", "content": "3", "tool_call_id": "a"},
+                {**TURNS[1], "reasoning_content": "so"},
+            ],
+            "tools": '[{"name": "f"}]',
+        },
+        Conversation(
+            (
+                ASKED,
+                Message("assistant", "", train=True, fields={"tool_calls": [{"name": "f"}]}),
+                Message("tool", "3", train=False, fields={"tool_call_id": "a"}),
+                Message("assistant", "that", train=True, fields={"reasoning_content": "so"}),
+            ),
+            tools=({"name": "f"},),
+        ),
+    ),
     ("sharegpt", {"conversations": SAID}, Conversation((ASKED, ANSWERED))),
     (
         "sharegpt",
@@ -43,6 +64,19 @@ ROWS = [
     ("completion", {"prompt": "what", "output": "that"}, PAIR),
     ("completion", {"prompt": "what", "completion": "that", "output": "other"}, PAIR),
     ("text", {"text": "the cat"}, Text((Span("the cat", train=True),))),
+    ("tokens", {"input_ids": [5, 6, 7], "text": "the cat"}, Tokens((5, 6, 7), (0.0, 1.0, 1.0))),
+    ("tokens", {"input_ids": [5, 6, 7], "labels": [-100, -100, 7]}, Tokens((5, 6, 7), (0.0, 0.0, 1.0))),
+    ("tokens", {"input_ids": [5, 6], "labels": [5, 6], "attention_mask": [1, 1]}, Tokens((5, 6), (0.0, 1.0))),
+    (
+        "messages",
+        {"messages": [*TURNS, TURNS[0], {**TURNS[1], "weight": 0.5}]},
+        Conversation((ASKED, ANSWERED, ASKED, Message("assistant", "that", train=True, weight=0.5))),
+    ),
+    (
+        "messages",
+        {"messages": [*TURNS, {**TURNS[0], "weight": 0}, {**TURNS[1], "weight": 0, "content": ""}]},
+        Conversation((ASKED, ANSWERED, ASKED, Message("assistant", "", train=False))),
+    ),
 ]
 
 
@@ -80,14 +114,28 @@ BAD_ROWS = [
     ("messages", {"messages": []}, "`messages` is not a list of turns"),
     ("messages", {"messages": ["what"]}, "`messages[0]` is not an object with `role` and `content`"),
     ("messages", {"messages": TURNS[:1]}, "`messages` has no assistant turn"),
-    ("messages", {"messages": TURNS, "tools": [{}]}, "`tools` cannot be read yet"),
+    ("messages", {"messages": TURNS, "tools": [3]}, "`tools` is not a list of JSON schemas"),
+    ("messages", {"messages": TURNS, "tools": "["}, "`tools` is not JSON: Expecting value: line 1 column 2 (char 1)"),
+    ("messages", turn(function_call={}), "`messages[1].function_call` cannot be read yet"),
     ("messages", turn(content=None), "`messages[1].content` is missing"),
     ("messages", turn(content=[{"type": "text"}]), "`messages[1].content` is not text: [{'type': 'text'}]"),
     ("messages", turn(role="narr\x1bator"), "`messages[1].role` is `narr\\x1bator`, not a role"),
-    ("messages", turn(tool_calls=[{}]), "`messages[1].tool_calls` cannot be read yet"),
-    ("messages", turn(reasoning_content="so"), "`messages[1].reasoning_content` cannot be read yet"),
     ("messages", turn(train="no"), "`messages[1].train` is for assistant turns, and true or false"),
-    ("messages", turn(train=False), "every assistant turn of `messages` has `train: false`"),
+    ("messages", turn(train=False), "every assistant turn of `messages` has `train: false` or `weight: 0`"),
+    ("messages", turn(weight=0), "every assistant turn of `messages` has `train: false` or `weight: 0`"),
+    ("messages", turn(weight=-1), "`messages[1].weight` is for assistant turns, and a number from 0 on"),
+    ("messages", turn(weight=True), "`messages[1].weight` is for assistant turns, and a number from 0 on"),
+    (
+        "messages",
+        {"messages": [{**TURNS[0], "weight": 1}, TURNS[1]]},
+        "`messages[0].weight` is for assistant turns, and a number from 0 on",
+    ),
+    ("tokens", {"input_ids": "5 6"}, "`input_ids` is not a list of whole numbers"),
+    ("tokens", {"input_ids": [5, True]}, "`input_ids` is not a list of whole numbers"),
+    ("tokens", {"input_ids": [5, -1]}, "`input_ids[1]` is -1, not a token"),
+    ("tokens", {"input_ids": [5, 6], "labels": [5]}, "`labels` has 1 entries, and `input_ids` 2"),
+    ("tokens", {"input_ids": [5, 6, 7], "labels": [6, 7, -100]}, "`labels[0]` is 6, and the token there is 5"),
+    ("tokens", {"input_ids": [5, 6], "attention_mask": [1, 0]}, "`attention_mask` says that the row is padded"),
     (
         "messages",
         {"messages": [{**TURNS[0], "train": True}, TURNS[1]]},
@@ -114,10 +162,43 @@ def test_a_row_that_does_not_fit_says_why(name, row, what):
         ("completion", {"prompt": "what", "response": ""}, "`response` is empty"),
         ("text", {"text": ""}, "`text` is empty"),
         ("messages", turn(content=""), "`messages[1].content` is an empty answer"),
+        ("tokens", {"input_ids": [5]}, "no token has a label"),
+        ("tokens", {"input_ids": [5, 6], "labels": [5, -100]}, "no token has a label"),
     ],
 )
 def test_a_row_with_an_empty_answer_has_nothing_to_learn(name, row, what):
     with pytest.raises(NothingToLearn) as error:
         FORMATS[name].parse(row)
+
+    assert error.value.what == what
+
+
+def test_a_template_is_filled_with_columns_and_trains_what_is_marked():
+    format = templated("Q: {question}\nA: [[{answer} {{{n}}}]]\nWhy? [[{why}]]\n")
+
+    found = format.parse({"question": "what", "answer": "that", "n": 3, "why": "so", "other": 1})
+
+    spans = [Span("Q: what\nA: ", False), Span("that {3}", True), Span("\nWhy? ", False), Span("so", True)]
+    assert found == Text(tuple(spans))
+    assert format.needs == (("question",), ("answer",), ("n",), ("why",))
+
+
+def test_text_of_a_row_is_no_template():
+    found = templated("{question} [[{answer}]]").parse({"question": "[[{answer}]]", "answer": "{question}"})
+
+    assert found == Text((Span("[[{answer}]] ", False), Span("{question}", True)))
+
+
+@pytest.mark.parametrize(
+    ("row", "what"),
+    [
+        ({"question": "what"}, "`answer` is missing"),
+        ({"question": "what", "answer": ["that"]}, "`answer` is not text: ['that']"),
+        ({"question": "what", "answer": " "}, "`answer` is empty"),
+    ],
+)
+def test_a_row_that_does_not_fill_a_template_says_why(row, what):
+    with pytest.raises(BadRow) as error:
+        templated("{question} [[{answer}]]").parse(row)
 
     assert error.value.what == what

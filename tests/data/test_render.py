@@ -17,7 +17,7 @@ from templates import (
 )
 
 from lora_cli.data.render import Renderer, truncate
-from lora_cli.data.types import BadRow, Conversation, Example, Instruction, Message, RowId, Span, Text
+from lora_cli.data.types import BadRow, Conversation, Example, Instruction, Message, RowId, Span, Text, Tokens
 from lora_cli.errors import ModelError
 from lora_cli.models.gguf import converted_folder
 from lora_cli.models.load import load_tokenizer
@@ -286,3 +286,147 @@ def test_truncation_keeps_the_first_tokens_and_counts_the_rest():
 
     assert truncate(example, 3) == Example([1, 2, 3], [0.0, 1.0, 1.0], ROW, cut=1)
     assert truncate(example, 4) is example
+
+
+# --- what is trained
+
+
+def trained(tokenizer, item, train_on: str) -> list[str]:
+    """The trained runs of each example as text."""
+    return [
+        tokenizer.decode(example.input_ids[start:end])
+        for example in Renderer(tokenizer, train_on).render(item, ROW)
+        for start, end in learned_runs(example)
+    ]
+
+
+def test_train_on_last_trains_the_last_answer_alone_behind_the_same_tokens():
+    tokenizer, talked = tiny_tokenizer(CHATML), CONVERSATIONS["three answers"]
+    [whole] = Renderer(tokenizer).render(talked, ROW)
+
+    [example] = Renderer(tokenizer, "last").render(talked, ROW)
+
+    assert example.input_ids == whole.input_ids
+    assert trained(tokenizer, talked, "last") == ["the mat é 猫<|im_end|>"]
+
+
+def test_train_on_last_refuses_a_last_answer_that_is_not_to_be_trained():
+    talked = talk("what", "yes", "why", "no", learned=(True, True, True, False))
+
+    with pytest.raises(BadRow) as error:
+        Renderer(tiny_tokenizer(CHATML), "last").render(talked, ROW)
+
+    assert error.value.what == (
+        "`data.train_on: last` trains the last answer, and that has `train: false` or `weight: 0`"
+    )
+
+
+@EACH_CONVERSATION
+@EACH_FAMILY
+def test_train_on_all_trains_every_token_behind_the_first_once(family, talked):
+    tokenizer = tiny_tokenizer(family)
+    answers = Renderer(tokenizer).render(talked, ROW)
+
+    examples = Renderer(tokenizer, "all").render(talked, ROW)
+
+    assert [example.input_ids for example in examples] == [example.input_ids for example in answers]
+    assert examples[0].weights == [0.0] + [1.0] * (len(examples[0].input_ids) - 1)
+    for before, after in pairwise(examples):
+        same = next(
+            i for i, pair in enumerate(zip(before.input_ids, after.input_ids, strict=False)) if len({*pair}) == 2
+        )
+        assert after.weights == [0.0] * same + [1.0] * (len(after.input_ids) - same)
+
+
+def test_train_on_all_refuses_a_conversation_that_leaves_an_answer_out():
+    talked = talk("what", "yes", "why", "no", learned=(True, False, True, True))
+
+    with pytest.raises(BadRow) as error:
+        Renderer(tiny_tokenizer(CHATML), "all").render(talked, ROW)
+
+    assert error.value.what == (
+        "`data.train_on: all` trains every token, and an answer has `train: false` or `weight: 0`"
+    )
+
+
+@pytest.mark.parametrize("train_on", ["answers", "last", "all"])
+def test_train_on_of_rows_that_are_no_conversation(train_on):
+    tokenizer = tiny_tokenizer(LLAMA3, template=None)
+    pair = Text((Span("what", False), Span(" the cat", True)))
+
+    assert trained(tokenizer, pair, train_on) == (
+        ["what the cat<|eot_id|>"] if train_on == "all" else [" the cat<|eot_id|>"]
+    )
+    [task] = trained(tokenizer, TASK, train_on)
+    assert ("Instruction" in task) == (train_on == "all")
+    tokens = Renderer(tokenizer, train_on).render(Tokens((5, 6, 7), (0.0, 0.0, 1.0)), ROW)
+    assert tokens == [Example([5, 6, 7], [0.0, 1.0, 1.0] if train_on == "all" else [0.0, 0.0, 1.0], ROW)]
+
+
+@pytest.mark.parametrize("train_on", ["answers", "last", "all"])
+def test_the_weight_of_a_message_is_that_of_its_tokens_and_counts_in_the_divisor(train_on):
+    tokenizer = tiny_tokenizer(CHATML)
+    turns = talk("what", "yes", "why", "the cat").messages
+    weighted = Conversation((*turns[:3], Message("assistant", "the cat", True, weight=0.5)))
+
+    [plain] = Renderer(tokenizer, train_on).render(Conversation(turns), ROW)
+    [example] = Renderer(tokenizer, train_on).render(weighted, ROW)
+
+    count = len(tokenizer("the cat<|im_end|>")["input_ids"])
+    assert example.input_ids == plain.input_ids
+    assert example.weights == plain.weights[:-count] + [0.5] * count
+    assert example.items == plain.items - count / 2
+
+
+# --- tools and reasoning
+
+AGENT = (
+    "{% if tools %}{{ '<|im_start|>system\n' + (tools | tojson) + '<|im_end|>\n' }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{% if m.reasoning_content %}{{ 'yes: ' + m.reasoning_content + '\n' }}{% endif %}{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}{{ call | tojson }}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+CALL, TOOL = {"name": "sat"}, {"name": "sat", "parameters": {}}
+WITH_TOOLS = Conversation(
+    (
+        Message("user", "what", False),
+        Message("assistant", "", True, fields={"tool_calls": [CALL], "reasoning_content": "the cat"}),
+        Message("tool", "the mat", False, fields={"tool_call_id": "a"}),
+        Message("assistant", "yes", True),
+    ),
+    tools=(TOOL,),
+)
+
+
+def test_tools_calls_and_reasoning_go_through_the_template_as_at_inference():
+    tokenizer = tiny_tokenizer(CHATML, template=AGENT)
+
+    [example] = Renderer(tokenizer).render(WITH_TOOLS, ROW)
+
+    plain = [message.as_template_reads_it() for message in WITH_TOOLS.messages]
+    prompts = [
+        tokenizer.apply_chat_template(plain[:place], tools=[TOOL], add_generation_prompt=True)["input_ids"]
+        for place in (1, 3)
+    ]
+    runs = learned_runs(example)
+    assert [example.input_ids[:start] for start, _ in runs] == prompts
+    assert [tokenizer.decode(example.input_ids[start:end]) for start, end in runs] == [
+        'yes: the cat\n{"name": "sat"}<|im_end|>',
+        "yes<|im_end|>",
+    ]
+    assert Renderer(tokenizer).chat_prompt(WITH_TOOLS.messages[:1], WITH_TOOLS.tools) == prompts[0]
+
+
+@pytest.mark.parametrize("key", ["tools", "tool_calls", "reasoning_content"])
+def test_what_the_template_would_leave_out_in_silence_makes_a_bad_row(key):
+    template = (
+        AGENT.replace("% if tools %", "% if false %") if key == "tools" else AGENT.replace(f"m.{key}", "m.nothing")
+    )
+    template = template.replace("+ m.nothing", "+ ''")
+
+    with pytest.raises(BadRow) as error:
+        Renderer(tiny_tokenizer(CHATML, template=template)).render(WITH_TOOLS, ROW)
+
+    assert error.value.what == f"the chat template leaves `{key}` out"
+    assert error.value.fix == f"use a tokenizer whose template reads `{key}`, or take it out of the rows"

@@ -1,10 +1,13 @@
+import gzip
 import json
+import sys
 
 import pytest
 
-from lora_cli.data.sources import is_path, quote, rows
+from lora_cli.data.sources import MOST_LINE_BYTES, is_path, label, quote, rows
 from lora_cli.data.types import RowId
 from lora_cli.errors import DataError, Problem
+from lora_cli.recipe.schema import Source
 
 TURNS = {"messages": [{"role": "user", "content": "é 猫\n"}, {"role": "assistant", "content": "the cat"}]}
 WANTED = [{"prompt": 'one, "two"\nthree', "completion": "é 猫"}, {"prompt": "four", "completion": " "}]
@@ -65,6 +68,157 @@ def test_every_form_of_file_gives_the_same_rows(tmp_path, name, write):
     write(tmp_path / name)
 
     assert [columns for _, columns in read(tmp_path, name)] == WANTED
+
+
+def packed_gz(content):
+    return gzip.compress(content)
+
+
+def packed_zst(content):
+    return pytest.importorskip("zstandard").compress(content)
+
+
+PACKED = {".gz": packed_gz, ".zst": packed_zst}
+EACH_PACKED = pytest.mark.parametrize(("ending", "pack"), PACKED.items(), ids=PACKED)
+
+
+@EACH_PACKED
+@pytest.mark.parametrize("name", [name for name in FILES if name != "a.parquet"])
+def test_a_compressed_file_gives_the_same_rows(tmp_path, name, ending, pack):
+    FILES[name](tmp_path / name)
+    (tmp_path / f"b{name}{ending}").write_bytes(pack((tmp_path / name).read_bytes()))
+
+    assert [columns for _, columns in read(tmp_path, f"b{name}{ending}")] == WANTED
+
+
+@EACH_PACKED
+def test_line_and_column_are_those_of_the_text_inside(tmp_path, ending, pack):
+    lines = '{"text": "é 猫"}\n' * 50_000 + '{"text": "é 猫" "b"}\n' + '{"text": "a"}\n' * 9_999
+    (tmp_path / f"a.jsonl{ending}").write_bytes(pack(lines.encode()))
+
+    [problem] = problems(tmp_path, f"a.jsonl{ending}")
+
+    assert problem.where == f"a.jsonl{ending}:50001:16"
+
+
+@EACH_PACKED
+def test_a_compressed_file_that_ends_early_or_is_none_is_damaged(tmp_path, ending, pack):
+    whole = pack(b"".join(b'{"text": "%d"}\n' % (n * n) for n in range(10_000)))
+    (tmp_path / f"early.jsonl{ending}").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / f"none.jsonl{ending}").write_bytes(b'{"text": "a"}\n')
+
+    [none] = problems(tmp_path, f"none.jsonl{ending}")
+
+    assert none.what.startswith(f"`none.jsonl{ending}` is damaged: ")
+    assert none.fix == "get the file anew"
+    if ending == ".gz":
+        [early] = problems(tmp_path, "early.jsonl.gz")
+        assert early.what == (
+            "`early.jsonl.gz` is damaged: Compressed file ended before the end-of-stream marker was reached"
+        )
+
+
+def test_a_zst_file_without_its_package_names_the_package(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl.zst").touch()
+    monkeypatch.setitem(sys.modules, "compression.zstd", None)
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+
+    assert problems(tmp_path, "a.jsonl.zst") == [
+        Problem(
+            "a .zst file needs the package `zstandard`",
+            where=str(tmp_path / "a.jsonl.zst"),
+            fix="`pip install zstandard`, or unpack the file with `zstd -d`",
+        )
+    ]
+
+
+def test_a_compressed_parquet_file_is_refused(tmp_path):
+    write_parquet(tmp_path / "a.parquet.gz")
+
+    [problem] = problems(tmp_path, "a.parquet.gz")
+
+    assert problem.what == "`a.parquet.gz` is compressed, and a Parquet file is so by itself"
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "utf-8-sig"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
+def test_a_file_with_a_byte_order_mark_gives_the_same_rows(tmp_path, name, encoding):
+    FILES[name](tmp_path / name)
+    (tmp_path / f"b{name}").write_text((tmp_path / name).read_text(), encoding=encoding, newline="")
+
+    assert [columns for _, columns in read(tmp_path, f"b{name}")] == WANTED
+
+
+def test_line_and_column_are_exact_in_utf16(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"text": "猫"}\r\n{"text": "猫" "b"}\r\n', encoding="utf-16")
+
+    [problem] = problems(tmp_path)
+
+    assert problem.where == "train.jsonl:2:14"
+
+
+def test_a_damaged_utf16_file_is_one_clear_error(tmp_path):
+    (tmp_path / "train.jsonl").write_bytes(b"\xff\xfe" + '{"text": "a"}\n'.encode("utf-16-le") + b"\x00\xd8a\0")
+
+    [problem] = problems(tmp_path)
+
+    assert problem.what.startswith("`train.jsonl` is not what its byte order mark says: ")
+    assert problem.fix == "save the file as UTF-8"
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+def test_a_line_with_a_nul_byte_is_named_by_its_character(tmp_path, name):
+    (tmp_path / name).write_bytes('{"text": "a"}\n{"text": "猫\0"}\n'.encode())
+
+    assert problems(tmp_path, name) == [
+        Problem(
+            "a NUL byte in a text file",
+            where=f"{name}:2:12",
+            line='{"text": "猫\\x00"}',
+            fix="save the file as text, in UTF-8; a JSON string writes it as `\\u0000`",
+        )
+    ]
+
+
+def test_a_row_is_of_a_size_that_can_be_a_row(tmp_path):
+    most = '{"text": "' + "a" * (MOST_LINE_BYTES - 12) + '"}'
+    (tmp_path / "train.jsonl").write_text(f"{most}\n{most} \n")
+
+    [(first, columns), (_, problem)] = read(tmp_path)
+
+    assert (first.number, len(columns["text"])) == (1, MOST_LINE_BYTES - 12)
+    assert (problem.what, problem.where) == (
+        "a row of 10,000,001 bytes, and a row has at most 10,000,000",
+        "train.jsonl:2",
+    )
+
+
+@pytest.mark.parametrize("key", ["split", "config", "revision"])
+def test_a_file_has_no_split(tmp_path, key):
+    write_jsonl(tmp_path / "train.jsonl")
+
+    with pytest.raises(DataError) as error:
+        list(rows(Source(source="train.jsonl", **{key: "x"}), folder=tmp_path))
+
+    assert error.value.problems == (
+        Problem(
+            f"`train.jsonl` is a file, and a file has no `{key}`",
+            where=str(tmp_path / "train.jsonl"),
+            fix=f"leave `{key}` out",
+        ),
+    )
+
+
+def test_a_dataset_is_asked_for_its_split_configuration_and_revision(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("datasets.load_dataset", lambda *path, **keys: asked.append((path, keys)) or [{"text": "a"}])
+    source = Source(source="squad", split="test", config="en", revision="v2")
+
+    [(row, columns)] = rows(source, folder=tmp_path)
+
+    assert asked == [(("squad",), {"name": "en", "split": "test", "revision": "v2"})]
+    assert (str(row), columns) == ("squad (en, test, v2) row 1", {"text": "a"})
+    assert label(Source(source="squad")) == "squad"
 
 
 def test_a_text_file_is_a_document_a_line(tmp_path):
@@ -207,7 +361,10 @@ def test_a_file_of_another_form_names_the_forms(tmp_path):
 
     [problem] = problems(tmp_path, "a.xlsx")
 
-    assert problem.fix == "use a file that ends in one of .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .txt"
+    assert problem.fix == (
+        "use a file that ends in one of .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .txt "
+        "(and those with .gz or .zst behind it)"
+    )
 
 
 @pytest.mark.parametrize(

@@ -95,13 +95,30 @@ ROW = {"": 1, "model": 2, "lora": 4, "data": 6, "training": 8}
          "for example `trackers: [tensorboard]`"),
         ("training", "trackers: wandb", 13, "`training.trackers` must be a list, not `wandb`",
          "for example `trackers: [tensorboard]`"),
+        ("data", "train_on: answer", 13, "`data.train_on` must be one of `answers`, `last`, `all`, not `answer`",
+         "write `train_on: answers`"),
+        ("data", "bad_rows: ignore", 13, "`data.bad_rows` must be one of `error`, `skip`, not `ignore`",
+         "for example `bad_rows: error`, the default"),
+        ("data", "columns: question", 12, "`data.columns` must be a block of `name: value`, not `question`",
+         "for example `columns: {prompt: question, completion: answer}`"),
+        # templates
+        ("data", "template: 'a {b}'", 13,
+         "`data.template` must be text with `[[…]]` around what is trained, such as `[[{answer}]]`, not `a {b}`",
+         "for example `template: Q {question} A [[{answer}]]`"),
+        ("data", "template: '[[a {b]]'", 13, "`data.template` must be text whose fields are written `{name}`, and "
+         "whose other braces are doubled, not `[[a {b]]`", "for example `template: Q {question} A [[{answer}]]`"),
+        ("data", "template: '[[{a}'", 13,
+         "`data.template` must be text in which each `[[` is closed by a `]]`, not `[[{a}`",
+         "for example `template: Q {question} A [[{answer}]]`"),
+        ("data", "template: '[[{a}]] b'", 13, "`data.template` must be text that ends with what is trained, for the "
+         "end token is put behind it, not `[[{a}]] b`", "for example `template: Q {question} A [[{answer}]]`"),
         # unknown keys
         ("lora", "dropuot: 0", 3, "`lora.dropuot` is not a recipe key", "rename it to `lora.dropout`"),
         ("lora", "Use_DoRA: 0", 3, "`lora.Use_DoRA` is not a recipe key", "rename it to `lora.use_dora`"),
         ("lora", "learning_rat: 1", 3, "`lora.learning_rat` is not a recipe key",
          "write `learning_rate: 1` under `training:`"),
         ("data", "zzz: 1", 3, "`data.zzz` is not a recipe key",
-         "the keys of `data` are train, eval, format, max_length, packing"),
+         "the keys of `data` are train, eval, format, columns, template, train_on, bad_rows, max_length, packing"),
         ("", "zzz: 1", 1, "`zzz` is not a recipe key",
          "the blocks of a recipe are `model`, `lora`, `data`, `training`, and `output` beside them"),
         ("", "outptu: x/", 1, "`outptu` is not a recipe key", "rename it to `output`"),
@@ -132,8 +149,6 @@ ROW = {"": 1, "model": 2, "lora": 4, "data": 6, "training": 8}
          "here it is derived from `training.global_batch_size`",
          "remove it; `training.global_batch_size` = micro_batch_size × accumulation × devices"),
         # rules between keys
-        ("data", "packing: true", 3, "`data.packing: true` is not possible yet: packing has not landed",
-         "set `data.packing: false`"),
         ("data", "eval: 100%", 3, "`data.eval: 100%` leaves no rows to train on",
          "set a share above 0 % and below 100 %, such as `data.eval: 5%`"),
         ("data", "eval: 0%", 3, "`data.eval: 0%` leaves no rows to evaluate",
@@ -160,6 +175,56 @@ def test_one_mistake_is_told_with_its_place_its_line_and_its_fix(block, line, co
     expected = f"error: {what}\n  --> r.yaml:{ROW[block]}:{column}\n     | {line}\n  fix: {fix}"
 
     assert problems(with_line(block, line)) == [expected]
+
+
+# A line in the place of `train: d`, which is line 6
+SOURCES = [
+    ("train: {source: b}", 10, "`data.train` must be a list, not a block of keys", "write `train: [{source: b}]`"),
+    ("train: null", 10, "`data.train` must be text, not `null`", "for example `train: train.jsonl`"),
+    ("train: [a, '']", 14, "`data.train[1]` is empty", "for example `train: train.jsonl`"),
+    ("train: [[a]]", 11, "`data.train[0]` must be text, not a list", "for example `train: train.jsonl`"),
+    ("train: [{weight: 1}]", 11, "`data.train[0].source` is needed",
+     "add `source: ` with a path or hub id, as in `{source: train.jsonl}`"),
+    ("train: [{sorce: b}]", 12, "`data.train[0].sorce` is not a key of a source", "rename it to `source`"),
+    ("train: [{path: b}]", 12, "`data.train[0].path` is not a key of a source", "rename it to `source`"),
+    ("train: [{source: b, zzz: 1}]", 23, "`data.train[0].zzz` is not a key of a source",
+     "the keys of a source are source, weight, share, split, config, revision, format, columns"),
+    ("train: [{source: a, weight: x}]", 31, "`data.train[0].weight` must be a number, not `x`",
+     "for example `weight: 2.0`"),
+    ("train: [{source: a, weight: 0}]", 31, "`data.train[0].weight` must be above 0, not `0`",
+     "for example `weight: 2.0`"),
+    ("train: [{source: a, share: 2}]", 30, "`data.train[0].share` must be at most 1, not `2`",
+     "for example `share: 0.3`"),
+    ("train: [{source: a, split:}]", 29, "`data.train[0].split` must be text, not `null`", "leave `split` out"),
+    ("train: [{source: a, columns: x}]", 32, "`data.train[0].columns` must be a block of `name: value`, not `x`",
+     "for example `columns: {prompt: question}`"),
+    ("train: [{source: a, share: 0.3}, b]", 3, "`data.train` mixes by `share`, and `b` has none",
+     "give every source a `share`, or use `weight`"),
+    ("train: [{source: a, share: 0.5}, {source: b, share: 0.5, weight: 2}]", 3,
+     "`data.train` mixes by `weight` and by `share`: `b` has a weight", "give every source a `share`, or none"),
+    ("train: [{source: a, share: 0.3}, {source: b, share: 0.3}]", 3,
+     "the shares of `data.train` sum to 0.6, not to 1",
+     "in the same proportion they are 0.5, 0.5; or use `weight`, which need not sum to anything"),
+    ("train: [{source: a, weight: 2}, a]", 3, "`data.train` mixes `a` in twice",
+     "name it once, with a `weight` for both"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("line", "column", "what", "fix"), SOURCES)
+def test_a_mistake_in_a_source_is_told_with_its_place_its_line_and_its_fix(line, column, what, fix):
+    text = with_line("data", line).replace("  train: d\n", "")
+
+    assert problems(text) == [f"error: {what}\n  --> r.yaml:6:{column}\n     | {line}\n  fix: {fix}"]
+
+
+def test_a_template_and_a_format_both_say_how_a_row_is_read():
+    text = with_line("data", "template: '[[{a}]]'").replace("  train: d\n", "  train: d\n  format: text\n")
+
+    assert problems(text) == [
+        "error: `data.template` and `data.format: text` both say how a row is read\n  --> r.yaml:6:3\n"
+        "     | template: '[[{a}]]'\n"
+        "  fix: leave one of them out; a source in `data.train` may have a `format` of its own"
+    ]
 
 
 def test_a_key_given_twice_names_the_line_of_the_first():
@@ -229,7 +294,6 @@ def test_all_mistakes_are_told_at_once_in_the_order_of_the_file():
         ("error: `lora.r` is given twice", "  --> r.yaml:7:3"),
         ("error: `data.train` is needed", "  --> r.yaml:8:1"),
         ("error: `cutoff_len` is LLaMA-Factory's name; here it is `data.max_length`", "  --> r.yaml:9:3"),
-        ("error: `data.packing: true` is not possible yet: packing has not landed", "  --> r.yaml:10:3"),
         ("error: `training.learning_rate` must be a number, not `fast`", "  --> r.yaml:12:18"),
         ("error: `max_length` belongs under `data`", "  --> r.yaml:13:3"),
         ("error: `lora.alpha` must be a number, not `x`", "  --> --set lora.alpha=x"),

@@ -12,7 +12,7 @@ from lora_cli.recipe.schema import Data, Model, Recipe, keys
 
 LEAST = "model:\n  base: m\ndata:\n  train: d\n"
 
-# The recipe of the contract, with packing off until it lands
+# A recipe with every block
 CONTRACT = """\
 # lora train configs/llama7b-qv.yaml
 model:
@@ -31,7 +31,7 @@ data:
   eval: 5%                         # a path, a hub id, a share of train, or null
   format: auto
   max_length: 2048                 # tokens
-  packing: false
+  packing: true
 training:
   objective: sft
   epochs: 3                        # or max_steps
@@ -408,3 +408,19 @@ def test_the_recipe_needs_neither_torch_nor_transformers_nor_numpy(module):
     code = f"import sys, lora_cli.recipe.{module}; print({{'torch', 'transformers', 'numpy'}} & set(sys.modules))"
 
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+
+
+def test_sources_read_as_written_and_stay_the_same_from_another_folder(tmp_path, recipe_file):
+    (tmp_path / "rows.jsonl").touch()
+    text = LEAST.replace(
+        "train: d",
+        "train: [a/b, {source: rows.jsonl, weight: 2, columns: {prompt: q}}, {source: c/d, split: 'train[:1%]'}]",
+    )
+
+    loaded = read_recipe(recipe_file(text))
+    (tmp_path / "elsewhere").mkdir()
+    again = read_recipe(recipe_file(resolved_yaml(loaded), "elsewhere/again.yaml")).recipe.data.train
+
+    first, second, third = loaded.recipe.data.train
+    assert (first, second.weight, second.columns, third.split) == ("a/b", 2.0, {"prompt": "q"}, "train[:1%]")
+    assert again == ["a/b", second.model_copy(update={"source": str(tmp_path / "rows.jsonl")}), third]
