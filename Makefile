@@ -40,6 +40,9 @@ lint: $(INSTALLED)  ## formatting, ruff, the floors of the imports, generated pa
 test: $(INSTALLED)  ## all tests; TESTS=tests/lora for some of them
 	$(IN_VENV) python -m pytest -q -n $(WORKERS) --maxprocesses 4 $(TESTS)
 
+test-gpu: $(INSTALLED)  ## the tests that need a CUDA device
+	$(IN_VENV) python -m pytest -q -m gpu tests/test_gpu.py
+
 test-lowest:  ## the tests on the lowest versions that pyproject.toml admits, in .venv-lowest
 	@$(MAKE) --no-print-directory test VENV=$(VENV)-lowest CONSTRAINTS=constraints-lowest.txt
 
@@ -55,4 +58,4 @@ clean:  ## remove caches and build files; runs in out/, models/ and .venv stay
 	rm -rf build *.egg-info .pytest_cache .ruff_cache .import_linter_cache .mypy_cache
 	find lora_cli scripts tests -name __pycache__ -type d -exec rm -rf {} +
 
-.PHONY: help setup quickstart fix lint test test-lowest check docs size clean
+.PHONY: help setup quickstart fix lint test test-gpu test-lowest check docs size clean

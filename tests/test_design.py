@@ -137,8 +137,8 @@ def test_every_launch_profile_is_one_that_lora_train_takes(path, monkeypatch):
     assert started == expected[path.stem]
 
 
-# Read where they are defined: `lora.alpha` as `effective_alpha`, `data.packing` by the rule that refuses it for now
-READ_IN_RECIPE = {"lora.alpha", "data.packing"}
+# Read where it is defined, as `effective_alpha`
+READ_IN_RECIPE = {"lora.alpha"}
 
 
 @pytest.mark.parametrize("key", keys())

@@ -49,7 +49,8 @@ def eval_(
 def _compare(recipe, adapter, base, data, overrides, allow):
     from lora_cli.recipe.reader import read_recipe
     from lora_cli.recipe.schema import Model
-    from lora_cli.runs.evaluate import compare, load_pair, rows_of_file, rows_of_recipe
+    from lora_cli.runs.evaluate import compare, load_pair, rows_of_recipe
+    from lora_cli.runs.rows import rows_of_file
 
     found = read_recipe(recipe, overrides) if recipe else None
     model = found.recipe.model if found else Model(base=base) if base else None
@@ -58,10 +59,8 @@ def _compare(recipe, adapter, base, data, overrides, allow):
     if found and adapter is None:
         adapter = Path(found.recipe.output)
     pair = load_pair(adapter, model, allow_base_mismatch=allow)
-    max_length = found.recipe.data.max_length if found else None
-    format = found.recipe.data.format if found else "auto"
     rows = (
-        rows_of_file(data, pair.tokenizer, format=format, max_length=max_length)
+        rows_of_file(data, pair.tokenizer, found.recipe.data if found else None)
         if data
         else rows_of_recipe(found, pair.tokenizer)
     )

@@ -23,6 +23,8 @@ DEBUG = "--debug"
 
 
 def app() -> typer.Typer:
+    from lora_cli.cli.check import check
+    from lora_cli.cli.data import data
     from lora_cli.cli.doctor import doctor
     from lora_cli.cli.eval import eval_
     from lora_cli.cli.export import export
@@ -44,6 +46,8 @@ def app() -> typer.Typer:
     commands.callback()(_root)
     for name, command in {
         "train": train,
+        "check": check,
+        "data": data,
         "eval": eval_,
         "generate": generate,
         "merge": merge,

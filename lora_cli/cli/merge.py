@@ -162,8 +162,8 @@ def _rows(adapter: Path, base: Path, data: str | None) -> tuple[tuple[int, ...],
     """The rows of the proof: the file's, those of the run, else sentences and code of our own."""
     from lora_cli.export.proof import SENTENCES, token_rows
     from lora_cli.models.load import load_tokenizer, tokenizer_folder
-    from lora_cli.runs.evaluate import rows_of_file
     from lora_cli.runs.proof_rows import rows_for_proof
+    from lora_cli.runs.rows import rows_of_file
 
     if not data and (kept := rows_for_proof(adapter)):
         return tuple(map(tuple, kept))

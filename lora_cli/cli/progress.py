@@ -10,6 +10,7 @@ from lora_cli.cli.console import animated, bytes_text, duration, err, inert, not
 from lora_cli.lora.adapter import Adapter
 from lora_cli.runs.parts import Run
 from lora_cli.train.events import Evaluated, Event, Finished, Sampled, Saved, Started, Step
+from lora_cli.train.layout import Layout
 
 PLAIN_LINES = 20  # about so many step lines where there is no terminal to animate
 
@@ -104,7 +105,7 @@ class Display(AbstractContextManager):
         training, processes = run.recipe.training, run.accelerator.num_processes
         note(
             f"{run.plan.steps:,} steps of {training.global_batch_size} rows on {processes} × {run.accelerator.device.type}, "
-            f"{run.settings.micro_batch_size} a forward, {str(run.dtype).removeprefix('torch.')}"
+            f"{_forward(run.settings.layout)}, {str(run.dtype).removeprefix('torch.')}"
         )
 
     def _step(self, step: Step) -> None:
@@ -119,3 +120,9 @@ class Display(AbstractContextManager):
         self.first = self.first or step
         done, left = step.step - self.first.step, self.run.plan.steps - step.step
         return f"  {duration((step.seconds - self.first.seconds) / done * left)} left" if done and left else ""
+
+
+def _forward(layout: Layout) -> str:
+    if layout.row_length is None:
+        return f"{layout.micro_batch_size} rows a forward"
+    return f"packed: {layout.micro_batch_size} × {layout.row_length} tokens a forward"

@@ -73,6 +73,8 @@ def _train(loaded, folder, *, resume: bool, overwrite: bool) -> None:
     run = prepare(loaded, folder)  # before the folder is touched: a run that can't start leaves an old one alone
     if first and (aside := folder.prepare(overwrite=overwrite)):
         note(f"the old run was moved to {aside}")
+    if first and resume and not any(folder.checkpoints.iterdir()):
+        note(f"nothing to continue in {folder.path}: no checkpoint was saved yet, so the run starts at its first step")
     with folder.locked() if first else nullcontext():
         with Display(run, loaded.recipe.training.log_steps) if first else nullcontext() as display:
             for event in execute(run, resume=resume):

@@ -16,6 +16,7 @@ from lora_cli.lora.adapter import Adapter
 from lora_cli.lora.base_files import StoredTensor, stored_tensors
 from lora_cli.lora.inject import linears
 from lora_cli.lora.weights import storage_of
+from lora_cli.models.load import skeleton
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,16 +56,6 @@ def places(folder: Path, adapter: Adapter) -> dict[str, Place]:
     if problems:
         raise ModelError(*problems[:3])
     return found
-
-
-def skeleton(folder: Path) -> "PreTrainedModel":
-    """The model's modules without any weights, on the meta device."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def names_in_files(model: "PreTrainedModel", stored: Iterable[str]) -> dict[str, str]:

@@ -79,6 +79,21 @@ def choose_targets(
     return [path for path in linears if path in chosen]
 
 
+def check_patterns(patterns: Iterable[str], chosen: Sequence[str], *, key: str) -> None:
+    """Raise ModelError for each pattern that matches none of the chosen modules: it would change nothing, unsaid."""
+    idle = [pattern for pattern in patterns if not any(matches(pattern, path) for path in chosen)]
+    if idle:
+        raise ModelError(
+            *(
+                Problem(
+                    f"`{pattern}` in `{key}` matches no module that gets an adapter",
+                    fix=f"the nearest: {_nearest(pattern, chosen)}",
+                )
+                for pattern in idle
+            )
+        )
+
+
 def layer_index(path: str) -> int | None:
     """The number of the block a module stands in: 3 for `model.layers.3.self_attn.q_proj`."""
     return next((int(part) for part in path.split(".") if part.isdigit()), None)

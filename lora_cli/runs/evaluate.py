@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from lora_cli.data.pipeline import DataReport, load_examples
+from lora_cli.data.pipeline import DataReport
 from lora_cli.data.types import Example
 from lora_cli.errors import ModelError, Problem, RecipeError
 from lora_cli.evaluate.loss import HeldOut, held_out_loss
@@ -25,12 +25,11 @@ from lora_cli.models.load import (
 )
 from lora_cli.objectives.table import OBJECTIVES
 from lora_cli.recipe.reader import LoadedRecipe, read_recipe
-from lora_cli.recipe.schema import Data, Model, Training
+from lora_cli.recipe.schema import Model, Training
 from lora_cli.runs.folder import RunFolder
 from lora_cli.runs.record import trained_format
-from lora_cli.runs.train import load_rows
+from lora_cli.runs.rows import load_rows
 from lora_cli.train import auto
-from lora_cli.train.loop import Settings
 from lora_cli.train.parallel import make_accelerator
 from lora_cli.train.task import Task
 
@@ -90,17 +89,16 @@ def compare(loaded: Loaded, examples: Sequence[Example], report: DataReport) -> 
     task = Task(loaded.model, OBJECTIVES["sft"])
     check_vocabulary(loaded.model, examples)
     accelerator = make_accelerator()
-    rows_a_forward = auto.micro_batch_size(
+    layout = auto.layout(
         Training(),
         longest=max(len(example.input_ids) for example in examples),
         vocabulary=loaded.model.config.vocab_size,
         processes=accelerator.num_processes,
         device=accelerator.device,
     )
-    settings = Settings(rows_a_forward)
     with disabled(loaded.model):
-        base = held_out_loss(task, examples, settings, accelerator)
-    adapted = held_out_loss(task, examples, settings, accelerator) if loaded.adapter else None
+        base = held_out_loss(task, examples, layout, accelerator)
+    adapted = held_out_loss(task, examples, layout, accelerator) if loaded.adapter else None
     return Comparison(base, adapted, report)
 
 
@@ -116,14 +114,6 @@ def rows_of_recipe(recipe: LoadedRecipe, tokenizer) -> tuple[list[Example], Data
             )
         )
     return rows.held_out, rows.held_out_report or rows.report
-
-
-def rows_of_file(
-    source: str, tokenizer, *, format: str = "auto", max_length: int | None = None
-) -> tuple[list[Example], DataReport]:
-    """All rows of one source, relative to the current folder."""
-    length = max_length or Data.model_fields["max_length"].default
-    return load_examples(source, folder=Path(), format=format, tokenizer=tokenizer, max_length=length)
 
 
 def side_by_side(loaded: Loaded, prompts: Sequence[str], max_new_tokens: int) -> dict[str, dict[str, str]]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from lora_cli.data.pipeline import plan
 from lora_cli.data.sources import is_path, rows
 from lora_cli.recipe.reader import LoadedRecipe
-from lora_cli.recipe.schema import share_of
+from lora_cli.recipe.schema import share_of, sources_of
 
 
 @dataclass(frozen=True)
@@ -17,10 +17,11 @@ class PlannedSteps:
 def planned_steps(loaded: LoadedRecipe) -> PlannedSteps | None:
     """None where the rows are on the hub. Rows with nothing to learn are found later, and may make it fewer."""
     data, training, folder = loaded.recipe.data, loaded.recipe.training, loaded.path.parent
-    sources = [data.train] if isinstance(data.train, str) else data.train
+    sources = sources_of(data.train)
     if not all(is_path(source, folder) for source in sources):
         return None
-    count = sum(1 for source in sources for _ in rows(source, folder=folder))
+    counts = [sum(1 for _ in rows(source, folder=folder)) for source in sources]
+    count = round(sum(n * (source.weight or 1) for n, source in zip(counts, sources, strict=True)))
     share = share_of(data.eval) if data.eval else None
     if share:
         count -= min(max(1, round(share * count)), count - 1)

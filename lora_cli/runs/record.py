@@ -29,7 +29,7 @@ def record(run: Run) -> dict[str, object]:
             "dtype": str(run.dtype).removeprefix("torch."),
             "device": str(run.accelerator.device),
             "processes": run.accelerator.num_processes,
-            "micro_batch_size": run.settings.micro_batch_size,
+            **asdict(run.settings.layout),  # micro_batch_size; row_length where rows are packed
             "scale": run.config.scale,
             "steps": run.plan.steps,
             "targets": list(run.config.target_modules),

@@ -8,7 +8,6 @@ finish    -> PEFT's two files, tokenizer, run.json, read back and checked
 import logging
 from collections.abc import Iterator
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +17,7 @@ from torch import nn
 
 from lora_cli.budget.params import Budget, budget_of
 from lora_cli.budget.shapes import Linear
-from lora_cli.data.pipeline import load_examples, plan, split, steps
+from lora_cli.data.pipeline import steps
 from lora_cli.errors import ModelError, Problem, RecipeError
 from lora_cli.evaluate.loss import held_out_loss
 from lora_cli.infer.generate import answer
@@ -27,26 +26,28 @@ from lora_cli.lora.base_files import fingerprint
 from lora_cli.lora.init import INITS
 from lora_cli.lora.inject import frozen_digest, inject, linears
 from lora_cli.lora.peft_format import load_adapter, save_adapter
-from lora_cli.lora.targets import choose_targets, fused_notices, shortest_suffixes
+from lora_cli.lora.targets import fused_notices, shortest_suffixes
 from lora_cli.lora.weights import storage_of
+from lora_cli.models.attention import packs
 from lora_cli.models.base import resolve_base
 from lora_cli.models.load import (
     check_vocabulary,
     checkpoint_activations,
     default_device,
-    head_paths,
     load_model,
     load_tokenizer,
     resolve_dtype,
 )
 from lora_cli.objectives.table import OBJECTIVES
 from lora_cli.recipe.reader import LoadedRecipe, resolved_yaml
-from lora_cli.recipe.schema import Recipe, seconds_of, share_of
+from lora_cli.recipe.schema import Recipe, seconds_of
+from lora_cli.runs.check import check_rows, target_paths
 from lora_cli.runs.folder import RunFolder, write_json
 from lora_cli.runs.parts import Rows, Run
 from lora_cli.runs.proof_rows import write_proof_rows
 from lora_cli.runs.record import record
 from lora_cli.runs.resume import comparable, continued
+from lora_cli.runs.rows import load_rows, planned
 from lora_cli.train import auto
 from lora_cli.train.checkpoint import save_checkpoint
 from lora_cli.train.events import Event, Started
@@ -57,7 +58,7 @@ from lora_cli.train.sinks import check_trackers, open_sinks
 from lora_cli.train.task import Task
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 
 log = logging.getLogger(__name__)
@@ -82,13 +83,8 @@ def prepare(loaded: LoadedRecipe, folder: RunFolder) -> Run:
     identity = fingerprint(base.folder)
     tokenizer = load_tokenizer(base.folder)
     rows = load_rows(loaded, tokenizer)
+    check_rows(loaded, base, tokenizer, rows)
     training = recipe.training
-    planned = plan(
-        len(rows.train),
-        epochs=training.epochs,
-        max_steps=training.max_steps,
-        global_batch_size=training.global_batch_size,
-    )
     model = load_model(
         base, dtype=dtype, quantize=recipe.model.quantize, attention=recipe.model.attention, device=device
     )
@@ -101,6 +97,7 @@ def prepare(loaded: LoadedRecipe, folder: RunFolder) -> Run:
     config = recipe.lora.config(
         shortest_suffixes(paths, [name for name, _ in model.named_modules()]), base=base.name, revision=base.revision
     )
+    settings = _settings(recipe, rows, model, accelerator, device)  # probes the base, so before it has an adapter
     inject(model, config, paths, init=INITS[recipe.lora.init], seed=training.seed)
     if auto.gradient_checkpointing(training, device):
         checkpoint_activations(model)
@@ -115,8 +112,8 @@ def prepare(loaded: LoadedRecipe, folder: RunFolder) -> Run:
         config=config,
         transposed=any(storage_of(module).transposed for module in adapted.values()),
         budget=budget,
-        plan=planned,
-        settings=_settings(recipe, rows, model.config.vocab_size, accelerator, device),
+        plan=planned(recipe, rows),
+        settings=settings,
         dtype=dtype,
         accelerator=accelerator,
         frozen=frozen_digest(model),
@@ -162,29 +159,6 @@ def finish(run: Run) -> Adapter:
     return adapter
 
 
-def load_rows(loaded: LoadedRecipe, tokenizer: "PreTrainedTokenizerBase") -> Rows:
-    """Training and held-out examples of a recipe: `data.eval` is a share of the training rows, or a source of its own."""
-    data = loaded.recipe.data
-    load = partial(
-        load_examples, folder=loaded.path.parent, format=data.format, tokenizer=tokenizer, max_length=data.max_length
-    )
-    examples, report = load(data.train)
-    if data.eval is None:
-        return Rows(examples, [], report, None)
-    if (share := share_of(data.eval)) is not None:
-        return Rows(*split(examples, share, loaded.recipe.training.seed), report, None)
-    held_out, held_out_report = load(data.eval)
-    return Rows(examples, held_out, report, held_out_report)
-
-
-def target_paths(recipe: Recipe, model: nn.Module) -> list[str]:
-    """The modules that the recipe's targets name in this model."""
-    lora = recipe.lora
-    return choose_targets(
-        lora.targets, list(linears(model)), head=head_paths(model), exclude=lora.exclude, layers=lora.layers
-    )
-
-
 def _events(run: Run, wrapped: nn.Module, task: Task, optimizer, parameters, progress: Progress) -> Iterator[Event]:
     training = run.recipe.training
     yield Started(
@@ -192,7 +166,7 @@ def _events(run: Run, wrapped: nn.Module, task: Task, optimizer, parameters, pro
         steps=run.plan.steps,
         rows=len(run.rows.train),
         parameters=run.budget.trainable,
-        micro_batch_size=run.settings.micro_batch_size,
+        micro_batch_size=run.settings.layout.micro_batch_size,
         processes=run.accelerator.num_processes,
     )
     yield from train(
@@ -213,7 +187,7 @@ def _actions(run: Run, task: Task, optimizer, parameters) -> Actions:
     training = run.recipe.training
 
     def evaluate() -> tuple[float, int]:
-        measured = held_out_loss(task, run.rows.held_out, run.settings, run.accelerator)
+        measured = held_out_loss(task, run.rows.held_out, run.settings.layout, run.accelerator)
         return measured.loss, measured.tokens
 
     def sample() -> dict[str, str]:
@@ -237,16 +211,19 @@ def _actions(run: Run, task: Task, optimizer, parameters) -> Actions:
     return Actions(evaluate if run.rows.held_out else None, sample if training.sample_prompts else None, save)
 
 
-def _settings(recipe: Recipe, rows: Rows, vocabulary: int, accelerator: Accelerator, device: torch.device) -> Settings:
+def _settings(
+    recipe: Recipe, rows: Rows, model: "PreTrainedModel", accelerator: Accelerator, device: torch.device
+) -> Settings:
     training = recipe.training
     longest = max(len(example.input_ids) for example in (*rows.train, *rows.held_out))
     return Settings(
-        micro_batch_size=auto.micro_batch_size(
+        layout=auto.layout(
             training,
             longest=longest,
-            vocabulary=vocabulary,
+            vocabulary=model.config.vocab_size,
             processes=accelerator.num_processes,
             device=device,
+            pack_to=recipe.data.max_length if recipe.data.packing and packs(model) else None,
         ),
         seed=training.seed,
         max_grad_norm=training.max_grad_norm,

@@ -1,0 +1,399 @@
+"""The preflight: what can be proved wrong with a recipe before its base's weights are loaded.
+
+Recipe, config, tokenizer, template, rows and disk are looked at through the pipeline that training uses. A check is one
+function and a row of CHECKS: it returns what it proved, returns a Problem to warn of, or raises a UserError.
+"""
+
+import logging
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from torch import nn
+
+from lora_cli.budget.params import budget_of
+from lora_cli.budget.shapes import Linear
+from lora_cli.data.duplicates import key
+from lora_cli.data.formats import FORMATS
+from lora_cli.data.pipeline import MAX_DROPPED
+from lora_cli.data.render import Renderer, as_conversation
+from lora_cli.data.sources import label, quote, rows
+from lora_cli.data.types import BadRow, Conversation, Example, Instruction, RowId
+from lora_cli.errors import DataError, ModelError, Problem, RecipeError, SafetyError, StorageError, UserError
+from lora_cli.lora.inject import linears
+from lora_cli.lora.targets import check_patterns, choose_targets
+from lora_cli.lora.weights import storage_of
+from lora_cli.models.base import Base, resolve_base
+from lora_cli.models.load import check_vocabulary, head_paths, load_tokenizer, skeleton
+from lora_cli.recipe.reader import LoadedRecipe
+from lora_cli.recipe.schema import Recipe, share_of, sources_of
+from lora_cli.runs.figures import Figures, figures_of
+from lora_cli.runs.parts import Rows
+from lora_cli.runs.rows import load_rows, planned
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+FEW_STEPS = 50
+FEW_ROWS = 500
+TALKING = ("messages", "sharegpt", "alpaca")  # formats that the chat template renders
+SAMPLED = 32  # rows of a source whose prompts are rendered as inference renders them
+NAMED = 5  # rows that a message names
+NO_TALK = "no row is a conversation: prompts are plain text"
+COPIES = 1 + 2  # an adapter in a checkpoint, with Adam's two moments
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the checks look at; None where it could not be made, for a reason that is a finding of its own."""
+
+    loaded: LoadedRecipe
+    tokenizer: "PreTrainedTokenizerBase | None"
+    rows: Rows | None
+    model: "PreTrainedModel | None"  # without weights
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.loaded.recipe
+
+    @property
+    def examples(self) -> list[Example]:
+        return [*self.rows.train, *self.rows.held_out]
+
+
+@dataclass(frozen=True)
+class Finding:
+    level: Literal["fail", "warn", "ok"]
+    check: str
+    what: str
+    where: str = ""
+    line: str = ""
+    fix: str = ""
+    code: int = 0  # the exit code of a failure's class
+
+    @property
+    def problem(self) -> Problem:
+        return Problem(self.what, self.where, self.line, self.fix)
+
+
+@dataclass(frozen=True)
+class Report:
+    findings: tuple[Finding, ...]
+    figures: Figures | None  # None where there are no rows to count
+
+    @property
+    def code(self) -> int:
+        return next((finding.code for finding in self.findings if finding.level == "fail"), 0)
+
+    def of(self, level: str) -> list[Finding]:
+        return [finding for finding in self.findings if finding.level == level]
+
+
+def check(loaded: LoadedRecipe) -> Report:
+    """Everything, to the end: one fault does not hide the next, unless there is nothing left to look at."""
+    faults: list[Finding] = []
+    model = loaded.recipe.model
+    base = _made("base", lambda: resolve_base(model.base, model.revision, weights=False), faults)
+    if base is None:
+        return Report(tuple(faults), None)
+    tokenizer = _made("tokenizer", lambda: load_tokenizer(base.folder), faults)
+    found = _made("rows", lambda: load_rows(loaded, tokenizer), faults) if tokenizer else None
+    facts = Facts(loaded, tokenizer, found, _made("model", lambda: skeleton(base.folder), faults))
+    findings = (*faults, *_findings(facts))
+    return Report(findings, figures_of(loaded.recipe, found, facts.model) if found else None)
+
+
+def check_rows(loaded: LoadedRecipe, base: Base, tokenizer: "PreTrainedTokenizerBase", rows: Rows) -> None:
+    """The checks on rows that are there already: raises what `check` would call a failure, and logs its warnings."""
+    model = _made("model", lambda: skeleton(base.folder), [])  # without one, `prepare` finds out on the real model
+    findings = _findings(Facts(loaded, tokenizer, rows, model))
+    if fails := [finding for finding in findings if finding.level == "fail"]:
+        raise ERRORS[fails[0].code](*(finding.problem for finding in fails))
+    for finding in findings:
+        if finding.level == "warn":
+            log.warning("%s; fix: %s", finding.what, finding.fix)
+
+
+def target_paths(recipe: Recipe, model: nn.Module) -> list[str]:
+    """The modules that the recipe's targets name in this model. Raises ModelError for a target or pattern without any."""
+    lora = recipe.lora
+    paths = choose_targets(
+        lora.targets, list(linears(model)), head=head_paths(model), exclude=lora.exclude, layers=lora.layers
+    )
+    check_patterns(lora.rank_pattern, paths, key="lora.rank_pattern")
+    check_patterns(lora.alpha_pattern, paths, key="lora.alpha_pattern")
+    return paths
+
+
+def something_is_trained(facts: Facts) -> str:
+    if idle := [example for example in facts.examples if not example.items]:
+        raise DataError(
+            Problem(
+                f"{len(idle):,} of {len(facts.examples):,} examples have nothing to learn within "
+                f"`data.max_length: {facts.recipe.data.max_length}`",
+                where=_named(idle),
+                fix="raise `data.max_length`, or take these rows out",
+            )
+        )
+    return f"each of {len(facts.examples):,} examples has trained tokens"
+
+
+def turns_end_on_a_stop_token(facts: Facts) -> str | Problem:
+    """Every trained turn that max_length leaves whole ends on a trained special token, and some are left whole."""
+    renderer, formats = Renderer(facts.tokenizer), facts.rows.report.formats
+    examples = [example for example in facts.examples if formats.get(example.row.source) != "tokens"]
+    if not examples:
+        return "rows of tokens bring their own stop tokens"
+    cut = [example for example in examples if example.cut and example.weights[-1]]
+    whole = [(example, end) for example in examples for end in _ends(example, renderer.tagged)]
+    if missing := [(example, end) for example, end in whole if example.input_ids[end] not in renderer.special]:
+        example, end = missing[0]
+        raise ModelError(
+            Problem(
+                f"{len(missing):,} trained turns end without a trained stop token, so the model would never learn to stop",
+                where=_named([example for example, _ in missing]),
+                line=quote(facts.tokenizer.decode(example.input_ids[max(0, end - 15) : end + 1])),
+                fix="use a tokenizer whose template writes the end token after the assistant's content",
+            )
+        )
+    fix = f"set `data.max_length: {facts.rows.report.lengths.p99}`, which keeps 99 % of the rows whole"
+    if not whole:
+        what = f"`data.max_length: {facts.recipe.data.max_length}` cuts every answer before its stop token"
+        raise DataError(Problem(what, fix=fix))
+    if len(cut) > MAX_DROPPED * len(examples):
+        what = f"`data.max_length: {facts.recipe.data.max_length}` cuts {len(cut):,} of {len(examples):,} answers"
+        return Problem(f"{what} before their stop token", fix=fix)
+    stops = dict.fromkeys(facts.tokenizer.convert_ids_to_tokens(example.input_ids[end]) for example, end in whole)
+    return f"{len(whole):,} trained turns end on a trained stop token: {' '.join(islice(stops, NAMED))}"
+
+
+def begins_once(facts: Facts) -> str:
+    bos = facts.tokenizer.bos_token_id
+    if bos is None:
+        return "the tokenizer has no BOS"
+    if doubled := [example for example in facts.examples if example.input_ids[:2] == [bos, bos]]:
+        token = facts.tokenizer.bos_token
+        raise DataError(
+            Problem(
+                f"{len(doubled):,} examples begin with `{token}` twice",
+                where=_named(doubled),
+                fix=f"take `{token}` out of the data: it is added by itself",
+            )
+        )
+    return "no example begins with BOS twice"
+
+
+def prompts_are_those_of_inference(facts: Facts) -> str:
+    """On real rows: what stands before each trained answer is what `apply_chat_template` puts there at inference."""
+    if not facts.tokenizer.chat_template:
+        return NO_TALK
+    kept: dict[RowId, list[Example]] = {}
+    for example in facts.examples:
+        kept.setdefault(example.row, []).append(example)
+    compared = 0
+    for row, talk in _conversations(facts):
+        prompts = list(_inference_prompts(facts.tokenizer, talk))
+        for prompt in prompts if facts.recipe.data.train_on == "answers" else prompts[-1:]:
+            if row not in kept or len(prompt) >= facts.recipe.data.max_length:
+                continue  # cut away, which is counted elsewhere
+            if not any(example.input_ids[: len(prompt)] == prompt for example in kept[row]):
+                raise ModelError(_another_prompt(facts.tokenizer, kept[row][0], prompt))
+            compared += 1
+    return f"training prompts are inference prompts, compared on {compared:,} answers" if compared else NO_TALK
+
+
+def targets_are_found(facts: Facts) -> str:
+    paths = target_paths(facts.recipe, facts.model)
+    return f"{len(paths):,} modules get an adapter"
+
+
+def tokens_have_embeddings(facts: Facts) -> str:
+    check_vocabulary(facts.model, facts.examples)
+    return f"every token is one of the model's {facts.model.get_input_embeddings().num_embeddings:,}"
+
+
+def the_disk_has_room(facts: Facts) -> str:
+    """For the adapter and for as many checkpoints as are kept, with the one that is being written."""
+    try:
+        paths = target_paths(facts.recipe, facts.model)
+    except ModelError:
+        return "unknown until the targets are found"
+    output = Path(facts.recipe.output).resolve()
+    there = next(path for path in (output, *output.parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    needed = adapter_bytes(facts.recipe, facts.model, paths) * COPIES * (facts.recipe.training.keep_checkpoints + 1)
+    if free < needed:
+        raise StorageError(
+            Problem(
+                f"checkpoints and adapter need up to {_size(needed)}, and the disk has {_size(free)} free",
+                where=str(output),
+                fix="free some space, lower `training.keep_checkpoints`, or give another folder with `--out`",
+            )
+        )
+    return f"checkpoints and adapter need up to {_size(needed)} of {_size(free)} free"
+
+
+def held_out_rows_are_unseen(facts: Facts) -> str | Problem:
+    """By tokens. A share of rows that repeat may leak a few, which is a warning; more would measure memory."""
+    if not facts.rows.held_out:
+        return "no rows are held out"
+    trained = {key(example): example.row for example in facts.rows.train}
+    seen = [example for example in facts.rows.held_out if key(example) in trained]
+    if not seen:
+        return f"none of {len(facts.rows.held_out):,} held-out examples stands in train"
+    same = ", ".join(f"{example.row} = {trained[key(example)]}" for example in seen[:NAMED])
+    problem = Problem(
+        f"{len(seen):,} of {len(facts.rows.held_out):,} held-out examples stand in train too",
+        where=same + (" …" if len(seen) > NAMED else ""),
+        fix="take the duplicates out, so that the held-out loss measures what was learned and not what was memorised",
+    )
+    if share_of(facts.recipe.data.eval) is not None and len(seen) <= MAX_DROPPED * len(facts.rows.held_out):
+        return problem
+    raise DataError(problem)
+
+
+def steps_are_many(facts: Facts) -> str | Problem:
+    steps = planned(facts.recipe, facts.rows).steps
+    if steps >= FEW_STEPS:
+        return f"{steps:,} optimizer steps"
+    raising = "`training.max_steps`" if facts.recipe.training.max_steps else "`training.epochs`"
+    what = f"only {steps:,} optimizer steps in all: fewer than {FEW_STEPS} seldom teach anything"
+    return Problem(what, fix=f"raise {raising}, or lower `training.global_batch_size`")
+
+
+def rows_are_many(facts: Facts) -> str | Problem:
+    count = len({example.row for example in facts.rows.train})
+    if count >= FEW_ROWS:
+        return f"{count:,} rows to train on"
+    what = f"only {count:,} rows to train on: fewer than {FEW_ROWS} are soon learned by heart"
+    return Problem(what, fix="add rows, or watch the held-out loss with `training.eval_steps`")
+
+
+class Check(NamedTuple):
+    name: str
+    needs: tuple[str, ...]  # the Facts it reads that may be missing
+    prove: Callable[[Facts], str | Problem]
+
+
+CHECKS = (
+    Check("trained", ("rows",), something_is_trained),
+    Check("stop", ("rows",), turns_end_on_a_stop_token),
+    Check("bos", ("rows",), begins_once),
+    Check("template", ("rows",), prompts_are_those_of_inference),
+    Check("held-out", ("rows",), held_out_rows_are_unseen),
+    Check("targets", ("model",), targets_are_found),
+    Check("vocabulary", ("model", "rows"), tokens_have_embeddings),
+    Check("disk", ("model",), the_disk_has_room),
+    Check("steps", ("rows",), steps_are_many),
+    Check("rows", ("rows",), rows_are_many),
+)
+ERRORS: dict[int, type[UserError]] = {
+    error.code: error for error in (RecipeError, DataError, ModelError, StorageError, SafetyError)
+}
+
+
+def adapter_bytes(recipe: Recipe, model: nn.Module, paths: Sequence[str]) -> int:
+    """Of the adapter's file, from the shapes of the modules."""
+    shapes = {path: storage_of(module).shape(module) for path in paths if (module := model.get_submodule(path))}
+    counted = [Linear(path, in_features, out_features) for path, (out_features, in_features) in shapes.items()]
+    return budget_of(counted, 0, recipe.lora.config()).adapter_bytes
+
+
+def _made(name: str, make: Callable, faults: list[Finding]):
+    """What `make` makes; None where a fault, added to `faults`, stands in the way."""
+    try:
+        return make()
+    except UserError as error:
+        of_template = name == "rows" and isinstance(error, ModelError)  # what rendering finds wrong with the tokenizer
+        faults += _failed("template" if of_template else name, error)
+        return None
+
+
+def _findings(facts: Facts) -> list[Finding]:
+    found = []
+    for check in CHECKS:
+        if any(getattr(facts, need) is None for need in check.needs):
+            continue
+        try:
+            proved = check.prove(facts)
+        except UserError as error:
+            found += _failed(check.name, error)
+        else:
+            found.append(_passed(check.name, proved))
+    return found
+
+
+def _failed(name: str, error: UserError) -> list[Finding]:
+    return [Finding("fail", name, p.what, p.where, p.line, p.fix, error.code) for p in error.problems]
+
+
+def _passed(name: str, proved: str | Problem) -> Finding:
+    if isinstance(proved, str):
+        return Finding("ok", name, proved)
+    return Finding("warn", name, proved.what, proved.where, proved.line, proved.fix)
+
+
+def _ends(example: Example, tagged: bool) -> list[int]:
+    """The places at which trained turns end, but for one that max_length cuts.
+
+    With `{% generation %}` marks a turn may be trained in parts, so only the last end is known to be a turn's.
+    """
+    weights = example.weights
+    ends = [i for i, weight in enumerate(weights) if weight and (i + 1 == len(weights) or not weights[i + 1])]
+    if example.cut and ends[-1:] == [len(weights) - 1]:
+        ends = [] if tagged else ends[:-1]
+    return ends[-1:] if tagged else ends
+
+
+def _conversations(facts: Facts) -> Iterator[tuple[RowId, Conversation]]:
+    """The first rows of each source that the chat template renders."""
+    data, folder = facts.recipe.data, facts.loaded.path.parent
+    for source in sources_of(data.train):
+        format = facts.rows.report.formats.get(label(source))
+        if format not in TALKING:
+            continue
+        names = data.columns if source.columns is None else source.columns
+        for row, columns in islice(rows(source, folder=folder), SAMPLED):
+            if isinstance(columns, Problem):
+                continue
+            ours = {name: columns[theirs] for name, theirs in names.items() if theirs in columns}
+            with suppress(BadRow):
+                item = FORMATS[format].parse(columns | ours)
+                yield row, as_conversation(item) if isinstance(item, Instruction) else item
+
+
+def _inference_prompts(tokenizer: "PreTrainedTokenizerBase", talk: Conversation) -> Iterator[list[int]]:
+    """What stands before each trained answer when the model is asked for it."""
+    turns = [message.as_template_reads_it() for message in talk.messages]
+    for place, message in enumerate(talk.messages):
+        if message.train:
+            encoded = tokenizer.apply_chat_template(
+                turns[:place], tools=list(talk.tools) or None, add_generation_prompt=True, return_dict=True
+            )
+            yield list(encoded["input_ids"])
+
+
+def _another_prompt(tokenizer: "PreTrainedTokenizerBase", example: Example, prompt: Sequence[int]) -> Problem:
+    same = next((i for i, (a, b) in enumerate(zip(example.input_ids, prompt, strict=False)) if a != b), len(prompt))
+    trained, asked = (quote(tokenizer.decode(ids[same : same + 8])) for ids in (example.input_ids, prompt))
+    return Problem(
+        "the chat template renders a prompt for training that is not the prompt of inference",
+        where=str(example.row),
+        line=f"training: {trained} · inference: {asked}",
+        fix="use a tokenizer whose template renders the same messages the same way each time",
+    )
+
+
+def _named(examples: Sequence[Example]) -> str:
+    names = list(dict.fromkeys(str(example.row) for example in examples))
+    return ", ".join(names[:NAMED]) + (" …" if len(names) > NAMED else "")
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:.1f} MB" if count < 1e9 else f"{count / 1e9:,.1f} GB"
