@@ -1,11 +1,12 @@
 """`lora generate`: the same prompts, answered by the base and by the adapter."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from lora_cli.cli.options import BaseOption, JsonOption
+from lora_cli.cli.options import BaseOption, JsonOption, MismatchOption
 
 
 def generate(
@@ -18,6 +19,7 @@ def generate(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens an answer has at most.")] = 96,
     json: JsonOption = False,
+    allow_base_mismatch: MismatchOption = False,
 ) -> None:
     """Answer prompts by base and adapter side by side: `lora generate --adapter out/ --prompt 'What is a kludge?'`."""
     from lora_cli.cli.console import inert, show, show_json
@@ -26,12 +28,12 @@ def generate(
 
     if adapter is None and base is None:
         raise RecipeError(Problem("no model to ask", fix="give `--adapter DIR` or `--base MODEL`"))
-    prompts = prompt or [line for line in typer.get_text_stream("stdin").read().splitlines() if line.strip()]
+    prompts = prompt or [line for line in sys.stdin.read().splitlines() if line.strip()]
     if not prompts:
         raise RecipeError(Problem("no prompt", fix="give `--prompt '…'`, or one prompt a line on stdin"))
     from lora_cli.runs.evaluate import load_pair, side_by_side
 
-    pair = load_pair(adapter, Model(base=base) if base else None)
+    pair = load_pair(adapter, Model(base=base) if base else None, allow_base_mismatch=allow_base_mismatch)
     answers = side_by_side(pair, prompts, max_new_tokens)
     if json:
         show_json(answers)

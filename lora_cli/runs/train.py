@@ -31,7 +31,6 @@ from lora_cli.lora.weights import storage_of
 from lora_cli.models.attention import packs
 from lora_cli.models.base import resolve_base
 from lora_cli.models.load import (
-    check_vocabulary,
     checkpoint_activations,
     default_device,
     load_model,
@@ -88,7 +87,6 @@ def prepare(loaded: LoadedRecipe, folder: RunFolder) -> Run:
     model = load_model(
         base, dtype=dtype, quantize=recipe.model.quantize, attention=recipe.model.attention, device=device
     )
-    check_vocabulary(model, (*rows.train, *rows.held_out))
     paths = target_paths(recipe, model)
     for notice in fused_notices(recipe.lora.targets, paths):
         log.info(notice)
