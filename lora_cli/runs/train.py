@@ -90,6 +90,8 @@ def prepare(loaded: LoadedRecipe, folder: RunFolder) -> Run:
     paths = target_paths(recipe, model)
     for notice in fused_notices(recipe.lora.targets, paths):
         log.info(notice)
+    if experts := [name for name, p in model.named_parameters() if p.ndim == 3 and "experts" in name]:
+        log.warning("%d weights of experts (%s …) are no linear layers and get no adapter", len(experts), experts[0])
     adapted = {path: model.get_submodule(path) for path in paths}
     budget = _budget(recipe, model, adapted)
     config = recipe.lora.config(
