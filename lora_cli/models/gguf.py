@@ -45,7 +45,8 @@ def _convert(file: Path, folder: Path) -> None:
         (Path(alone) / file.name).symlink_to(file.resolve())
         with redirect_stderr(StringIO()):  # a progress bar that nothing else turns off
             model, tokenizer = _read(Path(alone), file)
-    del model.config.quantization_config
+    if hasattr(model.config, "quantization_config"):  # since transformers 5.18
+        del model.config.quantization_config
     model.hf_quantizer = None
     model.save_pretrained(folder)
     tokenizer.model_max_length = model.config.max_position_embeddings
@@ -75,11 +76,11 @@ def _read(folder: Path, file: Path):
 
 
 def _name_special_tokens(tokenizer, reader) -> None:
-    """The special tokens that the file names by number and that transformers before 5.18 left out."""
+    """The special tokens that the file names by number and that transformers before 5.18 left out or mistook."""
     for role in ("bos", "eos", "unk"):
         field = reader.fields.get(f"tokenizer.ggml.{'unknown' if role == 'unk' else role}_token_id")
-        if field is not None and getattr(tokenizer, f"{role}_token") is None:
-            setattr(tokenizer, f"{role}_token", tokenizer.convert_ids_to_tokens(int(field.contents())))
+        if field is not None and getattr(tokenizer, f"{role}_token_id") != (number := int(field.contents())):
+            setattr(tokenizer, f"{role}_token", tokenizer.convert_ids_to_tokens(number))
 
 
 def _reader(file: Path):
