@@ -10,6 +10,7 @@ os.environ.update(
 )
 
 import pytest
+from running import lora, recipe, tiny_llama  # noqa: F401  fixtures
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 from safetensors.torch import load_file
+from tiny import tiny_base
 from torch import Tensor
 
 ROOT = Path(__file__).parents[1]
@@ -65,6 +66,21 @@ def write_recipe(folder: Path, base: Path, settings: Mapping[str, object] | None
     file = folder / "recipe.yaml"
     file.write_text(yaml.safe_dump(recipe))
     return file
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory):
+    return tiny_base(tmp_path_factory.mktemp("base") / "llama")
+
+
+@pytest.fixture
+def recipe(tmp_path, tiny_llama):
+    """recipe({"lora.r": 8, …}) -> a recipe of the tiny Llama in this test's folder; its run folder is `out`."""
+
+    def write(settings=None, *, base=tiny_llama):
+        return write_recipe(tmp_path, base, settings)
+
+    return write
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from running import events, lora, write_recipe  # noqa: F401  `lora` is a fixture
+from running import events, write_recipe
 from tiny import tiny_base
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

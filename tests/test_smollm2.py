@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from running import ROOT, events, lora  # noqa: F401  `lora` is a fixture
+from running import ROOT, events
 
 pytestmark = pytest.mark.real
 

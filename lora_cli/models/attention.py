@@ -13,6 +13,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+log = logging.getLogger(__name__)
+
 
 def packed_arguments(model: "PreTrainedModel", documents: Tensor, positions: Tensor) -> dict[str, object]:
     """What a forward needs beside input_ids so that no token attends to another document.
@@ -50,9 +52,6 @@ def keeps_documents_apart(model: "PreTrainedModel") -> bool:
 
 # Of the largest logit; quantised layers round what they multiply. A document that is seen moves logits by a tenth of it and more
 TOLERANCE: Mapping[torch.dtype, float] = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-
-
-log = logging.getLogger(__name__)
 
 
 def _sdpa(config: "PretrainedConfig", documents: Tensor, positions: Tensor, dtype: torch.dtype) -> dict[str, object]:
