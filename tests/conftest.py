@@ -1,6 +1,7 @@
 """Every test runs offline, on one thread, and without the user's own caches or settings."""
 
 import importlib.util
+import logging
 import os
 import sys
 from pathlib import Path
@@ -18,6 +19,16 @@ def cache(tmp_path_factory) -> Path:
     """The user's cache folder in tests: one for all workers of a run."""
     worker = tmp_path_factory.getbasetemp()
     return (worker.parent if "PYTEST_XDIST_WORKER" in os.environ else worker) / "cache"
+
+
+@pytest.fixture(autouse=True)
+def _notices_as_they_were():
+    """A command attaches its own handler to the package's logger; the next test finds the logger as it was."""
+    logger = logging.getLogger("lora_cli")
+    handlers, level, propagate = logger.handlers, logger.level, logger.propagate
+    yield
+    logger.handlers, logger.propagate = handlers, propagate
+    logger.setLevel(level)
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -88,18 +87,11 @@ def lora(monkeypatch, capsys):
     """lora("train", recipe, …, code=0) -> Done: the command line in this process, with warnings as errors."""
     from lora_cli.cli.main import main
 
-    logger = logging.getLogger("lora_cli")
-
     def run(*arguments: object, code: int | None = 0) -> Done:
         monkeypatch.setattr(sys, "argv", ["lora", *map(str, arguments)])
-        kept = logger.handlers, logger.level, logger.propagate
         capsys.readouterr()
-        try:
-            with pytest.raises(SystemExit) as ended:
-                main()
-        finally:
-            logger.handlers, logger.propagate = kept[0], kept[2]
-            logger.setLevel(kept[1])
+        with pytest.raises(SystemExit) as ended:
+            main()
         done = Done(ended.value.code or 0, *capsys.readouterr())
         assert code is None or done.code == code, f"exit {done.code}\n{done.out}\n{done.err}"
         return done

@@ -23,7 +23,7 @@ WIDE = {"lora.targets": "qkvogud", "training.max_steps": 6, "training.gradient_c
     ],
     ids=lambda settings: "-".join(str(value) for value in settings.values()),
 )
-def test_a_run_on_the_gpu_learns_resumes_and_merges(lora, tmp_path, settings):  # noqa: F811
+def test_a_run_on_the_gpu_learns_resumes_and_merges(lora, tmp_path, settings):
     base = tiny_base(tmp_path / "base", "llama")
     recipe = write_recipe(tmp_path, base, WIDE | {"training.save_steps": 3} | settings)
     out = tmp_path / "out"
@@ -37,7 +37,7 @@ def test_a_run_on_the_gpu_learns_resumes_and_merges(lora, tmp_path, settings):  
     assert losses[-1] < losses[0]
 
 
-def test_the_gpu_agrees_with_the_cpu_in_float32(lora, tmp_path, monkeypatch):  # noqa: F811
+def test_the_gpu_agrees_with_the_cpu_in_float32(lora, tmp_path, monkeypatch):
     base = tiny_base(tmp_path / "base", "llama")
     recipe = write_recipe(tmp_path, base, WIDE)
     lora("train", recipe)

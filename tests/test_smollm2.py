@@ -8,7 +8,7 @@ from running import ROOT, events
 pytestmark = pytest.mark.real
 
 
-def test_a_real_model_is_trained_measured_and_merged(lora, smollm2_gguf, tmp_path):  # noqa: F811
+def test_a_real_model_is_trained_measured_and_merged(lora, smollm2_gguf, tmp_path):
     rows = (ROOT / "recipes/jargon/jargon.jsonl").read_text().splitlines(keepends=True)[:40]
     (tmp_path / "rows.jsonl").write_text("".join(rows))
     recipe, out = tmp_path / "recipe.yaml", tmp_path / "out"
