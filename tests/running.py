@@ -135,6 +135,6 @@ def adapter_bytes(out: Path) -> dict[str, bytes]:
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """Every file below a folder, by the hash of its bytes."""
-    files = (file for file in folder.rglob("*") if file.is_file())
+    """Every file below a folder, by the hash of its bytes, but for the lock, which says who was there last."""
+    files = (file for file in folder.rglob("*") if file.is_file() and file.name != "run.lock")
     return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}

@@ -1,5 +1,6 @@
 """`lora eval`: loss and perplexity of base and adapter on the same rows."""
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -68,7 +69,7 @@ def _compare(recipe, adapter, base, data, overrides, allow):
 
 
 def _show(comparison) -> None:
-    from lora_cli.cli.console import number, out, plain_table, show
+    from lora_cli.cli.console import inert, number, out, plain_table, show
 
     table = plain_table("", "loss", "perplexity")
     table.add_row("base", f"{comparison.base.loss:.4f}", f"{comparison.base.perplexity:.2f}")
@@ -76,6 +77,13 @@ def _show(comparison) -> None:
         table.add_row(
             "base + adapter", f"{comparison.adapter.loss:.4f}", f"{comparison.adapter.perplexity:.2f}", style="bold"
         )
+    for source in comparison.base.sources:
+        table.add_row(inert(source))
+        for who, found in {"base": comparison.base, "base + adapter": comparison.adapter}.items():
+            if found:
+                table.add_row(
+                    f"  {who}", f"{found.sources[source]:.4f}", f"{math.exp(min(found.sources[source], 700)):.2f}"
+                )
     out.print(table)
     show(f"{number(comparison.base.rows)} rows, {number(comparison.base.tokens)} trained tokens, nats a token")
 
@@ -86,5 +94,10 @@ def _as_json(comparison, name: str) -> dict:
         "model": name,
         "rows": comparison.base.rows,
         "tokens": comparison.base.tokens,
-        **{key: {"loss": found.loss, "perplexity": found.perplexity} for key, found in measured.items() if found},
+        **{key: _figures(found) for key, found in measured.items() if found},
     }
+
+
+def _figures(found) -> dict:
+    by_source = {"sources": dict(found.sources)} if found.sources else {}
+    return {"loss": found.loss, "perplexity": found.perplexity} | by_source

@@ -12,13 +12,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_cli.errors import DistributedError, Problem, RecipeError, first_line
+from lora_cli.runs.lock import COMMAND, command
+from lora_cli.signals import GRACE_SECONDS, NUMBERS, Interruption, exit_code
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
     from lora_cli.cli.profiles import Profile
 
+# How long torch's launcher waits for its workers after it has handed a signal on: somewhat longer than they take
+KILL_AFTER, MARGIN = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 5
 LAUNCH_OPTIONS = ("--processes", "--on")
+LAUNCHER = "LORA_LAUNCHER"  # its process
 ERRORS = "LORA_ERRORS"  # names the folder where our workers leave their errors
 PR_SET_PDEATHSIG = 1
 
@@ -43,9 +48,11 @@ def end_with_launcher() -> None:
         import ctypes
 
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if str(os.getppid()) != os.environ.get(LAUNCHER):  # it died before
+            raise Interruption(signal.SIGTERM)
 
 
-def run_as_workers(processes: int | None, profile: str | None) -> bool:
+def run_as_workers(processes: int | None, profile: str | None, grace_seconds: float = GRACE_SECONDS) -> bool:
     """Run this command as several workers and wait for them; False where one process is enough."""
     from lora_cli.cli.profiles import Profile, read_profile
 
@@ -53,17 +60,18 @@ def run_as_workers(processes: int | None, profile: str | None) -> bool:
     here = processes or settings.num_processes or _visible_gpus() or 1
     if here == 1 and settings.num_machines == 1:
         return False
-    _launch(here, settings)
+    _launch(here, settings, grace_seconds)
     return True
 
 
-def _launch(processes: int, settings: "Profile") -> None:
+def _launch(processes: int, settings: "Profile", grace_seconds: float) -> None:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous.api import RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     _check_gpus(processes)
+    os.environ[KILL_AFTER] = str(round(grace_seconds) + MARGIN)
     config = LaunchConfig(
         min_nodes=settings.num_machines,
         max_nodes=settings.num_machines,
@@ -72,7 +80,10 @@ def _launch(processes: int, settings: "Profile") -> None:
         rdzv_backend="c10d",
         rdzv_endpoint=f"{settings.main_process_ip}:{settings.main_process_port}",
         max_restarts=0,
+        signals_to_handle=",".join(signal.Signals(number).name for number in NUMBERS),
     )
+    os.environ[COMMAND] = command()
+    os.environ[LAUNCHER] = str(os.getpid())
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     _quiet_launcher()
     with tempfile.TemporaryDirectory(prefix="lora-", ignore_cleanup_errors=True) as errors:
@@ -82,7 +93,7 @@ def _launch(processes: int, settings: "Profile") -> None:
         except ChildFailedError as error:
             raise _worker_failed(error.failures, Path(errors)) from error
         except SignalException as error:
-            raise SystemExit(128 + error.sigval) from error
+            raise SystemExit(exit_code(error.sigval)) from error
         except RendezvousError as error:
             raise _not_met(error, config.rdzv_endpoint) from error
 

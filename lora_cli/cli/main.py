@@ -18,6 +18,7 @@ from lora_cli.errors import (
     first_line,
     is_out_of_memory,
 )
+from lora_cli.signals import Interruption, raised
 
 DEBUG = "--debug"
 
@@ -64,16 +65,17 @@ def app() -> typer.Typer:
 def main() -> None:
     """Run a command; a user's error is one block on stderr and its class's exit code, never a traceback."""
     debug = DEBUG in sys.argv
-    end_with_launcher()
     try:
-        app()([argument for argument in sys.argv[1:] if argument != DEBUG])
+        with raised():
+            end_with_launcher()
+            app()([argument for argument in sys.argv[1:] if argument != DEBUG])
+    except Interruption as signal:
+        sys.exit(signal.code)
     except UserError as error:
         if debug:
             raise
         _report(error)
         sys.exit(error.code)
-    except KeyboardInterrupt:
-        sys.exit(130)
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(0)

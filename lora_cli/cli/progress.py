@@ -9,7 +9,21 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lora_cli.cli.console import animated, bytes_text, duration, err, inert, note, number, plain_table, show
 from lora_cli.lora.adapter import Adapter
 from lora_cli.runs.parts import Run
-from lora_cli.train.events import Evaluated, Event, Finished, Sampled, Saved, Started, Step
+from lora_cli.runs.resume import pair
+from lora_cli.train.events import (
+    Complete,
+    Evaluated,
+    Event,
+    Finished,
+    OutOfMemory,
+    Resumed,
+    Sampled,
+    Saved,
+    Skipped,
+    Spike,
+    Started,
+    Step,
+)
 from lora_cli.train.layout import Layout
 
 PLAIN_LINES = 20  # about so many step lines where there is no terminal to animate
@@ -18,9 +32,8 @@ PLAIN_LINES = 20  # about so many step lines where there is no terminal to anima
 class Display(AbstractContextManager):
     """Consumes the events of a run. On a terminal, a bar with loss, rate and time left; elsewhere, plain lines."""
 
-    def __init__(self, run: Run, log_steps: int) -> None:
+    def __init__(self, run: Run) -> None:
         self.run = run
-        self.log_steps = log_steps
         self.evaluations: list[Evaluated] = []
         self.finished: Finished | None = None
         self.first: Step | None = None  # what came before it, an evaluation perhaps, says nothing about the time left
@@ -47,8 +60,13 @@ class Display(AbstractContextManager):
         match event:
             case Started():
                 self.bar.update(self.task, completed=event.step)
-                if event.step:
-                    note(f"continuing after step {event.step}")
+            case Resumed():
+                note(f"continuing after step {event.step}")
+                for key, (then, now) in event.changed.items():
+                    note(f"changed: {key}, {pair(then, now)}", style="yellow")
+            case Complete():
+                self.bar.stop()
+                note(f"the run has finished already, at step {event.step}, and nothing has changed: nothing to do")
             case Step():
                 self._step(event)
             case Evaluated():
@@ -57,9 +75,30 @@ class Display(AbstractContextManager):
                     f"step {event.step:>5}  held-out loss {event.loss:.4f}  perplexity {event.perplexity:.2f}",
                     style="bold",
                 )
+                for source, loss in event.sources.items():
+                    note(f"            {loss:.4f}  {inert(source)}")
             case Sampled():
                 for prompt, answer in event.samples.items():
                     note(f"  > {inert(prompt)}\n    {inert(answer)}")
+            case Skipped():
+                back = (
+                    "" if event.rewound_to is None else f", and the weights are those of step {event.rewound_to} again"
+                )
+                note(f"warning: step {event.step} is left out{back}: {event.reason}", style="yellow")
+                note(f"  rows {inert(event.rows)}", style="yellow")
+            case Spike():
+                note(
+                    f"warning: step {event.step} has a gradient norm of {event.grad_norm:.3g}, the median is "
+                    f"{event.median:.3g}\n  rows {inert(event.rows)}",
+                    style="yellow",
+                )
+            case OutOfMemory():
+                layout = Layout(event.micro_batch_size, event.row_length)
+                note(
+                    f"warning: out of memory in step {event.step}; taken again, and all from here on, with "
+                    f"{_forward(layout)}; the rows of a step stay the same",
+                    style="yellow",
+                )
             case Saved():
                 note(f"saved step {event.step}", style="dim")
             case Finished():
@@ -72,8 +111,10 @@ class Display(AbstractContextManager):
         show(
             f"{finished.step} steps in {duration(finished.seconds)} ({finished.reason}), peak memory {bytes_text(finished.peak_bytes)}"
         )
+        if finished.adapter_step != finished.step:
+            show(f"the adapter is that of step {finished.adapter_step}, where the held-out loss was lowest")
         if len(self.evaluations) > 1:
-            before, after = self.evaluations[0], self.evaluations[-1]
+            before, after = self.evaluations[0], self._evaluation_of_the_result()
             show(
                 f"held-out loss {before.loss:.4f} → {after.loss:.4f}, perplexity {before.perplexity:.1f} → {after.perplexity:.1f}"
             )
@@ -85,6 +126,10 @@ class Display(AbstractContextManager):
         show(f"  lora generate --adapter {folder} --prompt '…'     base and adapter side by side")
         show(f"  lora eval {folder / 'recipe.yaml'} --adapter {folder}")
         show(f"  lora merge --adapter {folder}")
+
+    def _evaluation_of_the_result(self) -> Evaluated:
+        found = [event for event in self.evaluations if event.step == self.finished.adapter_step]
+        return found[-1] if found else self.evaluations[-1]
 
     def _introduce(self) -> None:
         run, budget = self.run, self.run.budget
@@ -111,7 +156,7 @@ class Display(AbstractContextManager):
     def _step(self, step: Step) -> None:
         figures = f"loss {step.loss:.3f}  lr {step.lr:.1e}  {step.tokens_per_second:,.0f} tokens/s"
         self.bar.update(self.task, completed=step.step, figures=figures)
-        every = max(self.log_steps, self.run.plan.steps // PLAIN_LINES)
+        every = max(self.run.recipe.training.log_steps, self.run.plan.steps // PLAIN_LINES)
         if self.bar.disable and (step.step % every == 0 or step.step in (1, self.run.plan.steps)):
             note(f"step {step.step:>5}/{self.run.plan.steps}  {figures}{self._left(step)}")
             sys.stderr.flush()

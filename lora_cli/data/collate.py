@@ -21,8 +21,11 @@ from lora_cli.data.types import IGNORE, Batch, Example
 Row = Sequence[Example]
 
 
-def collate(rows: Sequence[Row]) -> Batch:
-    """The batch of at least one row. Where a row is packed, it tells the documents and the places of their tokens."""
+def collate(rows: Sequence[Row], sources: Sequence[str] = ()) -> Batch:
+    """The batch of at least one row. Where a row is packed, it tells the documents and the places of their tokens.
+
+    With `sources`, it tells which of them each token is from.
+    """
     shape = (len(rows), max(map(length, rows)))
     input_ids = torch.zeros(shape, dtype=torch.int64)
     labels = torch.full(shape, IGNORE)
@@ -34,7 +37,9 @@ def collate(rows: Sequence[Row]) -> Batch:
         labels[i, : end - 1] = input_ids[i, 1:end].where(weights[i, : end - 1] > 0, IGNORE)
     positions = (labels != IGNORE).any(dim=0).nonzero().squeeze(1)
     batch = Batch(input_ids=input_ids, labels=labels, weights=weights, positions=positions)
-    return batch | _borders(rows, shape[1]) if any(len(row) > 1 for row in rows) else batch
+    if any(len(row) > 1 for row in rows):
+        batch |= _borders(rows, shape[1])
+    return batch | {"sources": _from_sources(rows, shape[1], sources)} if sources else batch
 
 
 def length(row: Row) -> int:
@@ -52,3 +57,15 @@ def _borders(rows: Sequence[Row], width: int) -> dict[str, Tensor]:
     documents = [torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in sizes]
     places = [torch.cat([torch.arange(size) for size in row]) for row in sizes]
     return {"documents": torch.stack(documents), "places": torch.stack(places)}
+
+
+def _from_sources(rows: Sequence[Row], width: int, sources: Sequence[str]) -> Tensor:
+    """[sources, batch, time] bool: the tokens of each; a token stands where it is predicted from, as its label does."""
+    found = torch.zeros((len(sources), len(rows), width), dtype=torch.bool)
+    for i, row in enumerate(rows):
+        start = 0
+        for example in row:
+            end = start + len(example.input_ids)
+            found[sources.index(example.row.source), i, start : end - 1] = True
+            start = end
+    return found

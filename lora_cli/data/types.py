@@ -5,7 +5,7 @@ is a template, else a written prompt), a Text (spans, rendered as they stand) or
 rendering gives an Example (tokens and their weights); collating gives a Batch (tensors).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NotRequired, TypedDict
 
@@ -115,11 +115,17 @@ class Example:
         return next((place for place, weight in enumerate(self.weights) if weight), len(self.weights))
 
 
+def sources_in(examples: Iterable[Example]) -> list[str]:
+    """The sources of the examples, in order, where there are several; else none, for there is nothing to tell apart."""
+    found = list(dict.fromkeys(example.row.source for example in examples))
+    return found if len(found) > 1 else []
+
+
 class Batch(TypedDict):
     """One micro-batch. Positions without a label carry IGNORE; `weights` are aligned with `labels`.
 
     `documents` and `places` are there where rows are packed: the number of each token's document in its row, and its
-    place in the document.
+    place in the document. `sources` is there where the examples come from several sources.
     """
 
     input_ids: Tensor  # [batch, time] int64
@@ -128,3 +134,4 @@ class Batch(TypedDict):
     positions: Tensor  # [kept] int64: the time positions at which any row has a label, for logits of those alone
     documents: NotRequired[Tensor]  # [batch, time] int64
     places: NotRequired[Tensor]  # [batch, time] int64
+    sources: NotRequired[Tensor]  # [sources, batch, time] bool: which labels are of which source

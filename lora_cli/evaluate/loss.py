@@ -1,48 +1,60 @@
 """The loss on held-out rows: one sum over all trained tokens of all rows, divided once."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from accelerate import Accelerator
 
-from lora_cli.data.types import Example
+from lora_cli.data.types import Example, sources_in
+from lora_cli.objectives.base import Loss
 from lora_cli.train.layout import Layout, micro_batches
-from lora_cli.train.loop import to_device
+from lora_cli.train.loop import add_losses, source_losses, to_device
 from lora_cli.train.task import Task
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """`loss` is the mean over the trained tokens, in nats."""
+    """`loss` is the mean over the trained tokens, in nats; `sources` has that of each source, where there are several."""
 
     loss: float
     tokens: int
     rows: int
+    sources: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def perplexity(self) -> float:
         return math.exp(min(self.loss, 700))
 
 
-def held_out_loss(task: Task, examples: Sequence[Example], layout: Layout, accelerator: Accelerator) -> HeldOut:
+def held_out_loss(
+    task: Task,
+    examples: Sequence[Example],
+    layout: Layout,
+    accelerator: Accelerator,
+    between: Callable[[], None] = lambda: None,
+) -> HeldOut:
     """Evaluate without dropout or gradients; each module's own training flag is put back afterwards.
 
-    Rows are dealt to the processes and batched by length as in training. Each row is summed in float64 with its own
-    forward's rounding, so the figure does not depend on the number of processes beyond that.
+    Rows are dealt to the processes and batched by length as in training, and `between` is called after each forward.
+    Forwards are summed in float64, so the figure does not depend on the number of processes beyond their own rounding.
     """
     flags = {module: module.training for module in task.modules()}
     task.eval()
-    total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
-    batches = micro_batches(list(examples), layout, rank=accelerator.process_index, processes=accelerator.num_processes)
+    sources = sources_in(examples)
+    ranks = {"rank": accelerator.process_index, "processes": accelerator.num_processes}
+    losses: list[Loss] = []
     try:
         with torch.inference_mode():
-            for _, batch in batches:
-                total += task(to_device(batch, accelerator.device)).total.double()
+            for _, batch in micro_batches(list(examples), layout, **ranks, sources=sources):
+                losses.append(task(to_device(batch, accelerator.device)))
+                between()
     finally:
         for module, training in flags.items():
             module.training = training
+    summed = add_losses(losses, accelerator)
     items = sum(example.items for example in examples)
     tokens = sum(weight > 0 for example in examples for weight in example.weights)
-    return HeldOut(accelerator.reduce(total, "sum").item() / items, tokens, len(examples))
+    by_source = source_losses(summed.metrics, list(examples), sources)
+    return HeldOut(summed.total.item() / items, tokens, len(examples), by_source)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from lora_cli.durable import DRAFT, sync_path
 from lora_cli.errors import Problem, StorageError
 
 try:
@@ -32,7 +33,7 @@ def staged(out: Path, *, beside: Path | None = None) -> Iterator[Path]:
             yield draft
             _flush(draft)
             draft.rename(out)
-        _sync(out.parent)
+        sync_path(out.parent)
     except OSError as error:
         where = error.filename or draft
         raise StorageError(
@@ -78,7 +79,7 @@ def need_space(folder: Path, needed: int) -> None:
 
 
 def _prefix(out: Path) -> str:
-    return f".tmp-{out.name}-"
+    return f"{DRAFT}{out.name}-"
 
 
 @contextmanager
@@ -106,15 +107,5 @@ def _sweep(out: Path) -> None:
 
 def _flush(folder: Path) -> None:
     for path in sorted(folder.rglob("*"), reverse=True):
-        _sync(path)
-    _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync_path(path)
+    sync_path(folder)

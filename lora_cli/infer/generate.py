@@ -1,6 +1,6 @@
 """Prompts -> text: greedy answers of a model, several at a time."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,19 +20,28 @@ def answer(
     format: str | None = None,
     max_new_tokens: int = 96,
     batch_size: int = 8,
+    between: Callable[[], None] = lambda: None,
 ) -> dict[str, str]:
-    """The greedy answer to each prompt, which is rendered as training rendered its rows: `format` is theirs."""
+    """The greedy answer to each prompt, which is rendered as training rendered its rows: `format` is theirs.
+
+    `between` is called after each token; what it raises ends the answers.
+    """
     training = model.training
     model.eval()
     answers = {}
-    for i in range(0, len(prompts), batch_size):
-        batch = prompts[i : i + batch_size]
-        answers |= dict(zip(batch, _generate(model, tokenizer, batch, format, max_new_tokens), strict=True))
-    model.train(training)
+    try:
+        for i in range(0, len(prompts), batch_size):
+            batch = prompts[i : i + batch_size]
+            found = _generate(model, tokenizer, batch, format, max_new_tokens, between)
+            answers |= dict(zip(batch, found, strict=True))
+    finally:
+        model.train(training)
     return answers
 
 
-def _generate(model, tokenizer, prompts: Sequence[str], format: str | None, max_new_tokens: int) -> list[str]:
+def _generate(
+    model, tokenizer, prompts: Sequence[str], format: str | None, max_new_tokens: int, between: Callable[[], None]
+) -> list[str]:
     renderer = Renderer(tokenizer)
     rows = [renderer.prompt_of(prompt, format) for prompt in prompts]
     width = max(map(len, rows))
@@ -50,6 +59,7 @@ def _generate(model, tokenizer, prompts: Sequence[str], format: str | None, max_
             temperature=None,
             top_p=None,
             top_k=None,
+            stopping_criteria=[lambda ids, scores: bool(between())],  # never of itself
         )
     return [text.strip() for text in tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)]
 

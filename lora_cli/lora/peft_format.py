@@ -100,12 +100,20 @@ MUST_BE: Mapping[str, tuple[Callable[[object], bool], str]] = {
 
 
 def save_adapter(adapter: Adapter, folder: Path, *, transposed: bool = False) -> None:
-    """Write the two files. `transposed` tells PEFT that the base's weights are [in, out] (GPT-2's Conv1D)."""
+    """Write the two files, into a folder that is made where there is none."""
     folder.mkdir(parents=True, exist_ok=True)
+    # plain writes, because `save_file` makes files that only their owner may read
+    for name, content in adapter_files(adapter, transposed=transposed).items():
+        (folder / name).write_bytes(content)
+
+
+def adapter_files(adapter: Adapter, *, transposed: bool = False) -> dict[str, bytes]:
+    """The two files by name. `transposed` tells PEFT that the base's weights are [in, out] (GPT-2's Conv1D)."""
     metadata = {"format": "pt"} | ({FINGERPRINT: adapter.base.to_json()} if adapter.base else {})
-    # `save` and a plain write, because `save_file` makes files that only their owner may read
-    (folder / WEIGHTS).write_bytes(_in_order(save(to_tensors(adapter), metadata)))
-    (folder / CONFIG).write_text(json.dumps(to_peft(adapter.config, transposed), indent=2) + "\n")
+    return {
+        CONFIG: (json.dumps(to_peft(adapter.config, transposed), indent=2) + "\n").encode(),
+        WEIGHTS: _in_order(save(to_tensors(adapter), metadata)),
+    }
 
 
 def load_adapter(folder: Path) -> Adapter:

@@ -1,5 +1,7 @@
 """Model and tokenizer in memory: frozen, on one device, quantised or not. What is `auto` is decided here."""
 
+import hashlib
+import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -127,6 +129,16 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """SHA-256 of all that decides how text becomes tokens: merges or vocabulary, special tokens, chat template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    written = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
+    for way_of_the_last_call in ("padding", "truncation"):
+        written.pop(way_of_the_last_call, None)
+    special = {name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items())}
+    return hashlib.sha256(json.dumps([written, special, tokenizer.chat_template], sort_keys=True).encode()).hexdigest()
 
 
 def tokenizer_folder(run: Path | None, base: Path) -> Path:

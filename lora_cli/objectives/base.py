@@ -7,9 +7,11 @@ from torch import Tensor, nn
 
 from lora_cli.data.types import Batch
 
+BY_SOURCE = "loss by source"  # a metric of every objective: [sources], sums of the loss, where the batch has `sources`
+
 
 class Loss(NamedTuple):
-    """`total` is the sum over the batch's items, in nats; `metrics` are further sums by name.
+    """`total` is the sum over the batch's items, in nats; `metrics` are further sums by name, tensors of any shape.
 
     A named tuple, so that DDP and FSDP, which walk a module's outputs, see its tensors.
     """

@@ -5,7 +5,7 @@ from torch import nn
 
 from lora_cli.data.types import IGNORE, Batch
 from lora_cli.models.attention import packed_arguments
-from lora_cli.objectives.base import Loss
+from lora_cli.objectives.base import BY_SOURCE, Loss
 
 
 def sft(model: nn.Module, batch: Batch) -> Loss:
@@ -18,4 +18,8 @@ def sft(model: nn.Module, batch: Batch) -> Loss:
     logits = model(input_ids=batch["input_ids"], use_cache=False, logits_to_keep=positions, **apart).logits
     labels = batch["labels"][:, positions].flatten()
     losses = F.cross_entropy(logits.flatten(0, 1).float(), labels, ignore_index=IGNORE, reduction="none")
-    return Loss(losses @ batch["weights"][:, positions].flatten(), {})
+    weights = batch["weights"][:, positions].flatten()
+    if "sources" not in batch:
+        return Loss(losses @ weights, {})
+    of_source = batch["sources"][:, :, positions].flatten(1).to(losses.dtype)
+    return Loss(losses @ weights, {BY_SOURCE: of_source @ (losses * weights).detach()})

@@ -98,6 +98,23 @@ def patience_needs_evaluations(recipe: Recipe) -> Problem | None:
     return Problem(what, fix="set `data.eval: 5%` and `training.eval_steps: 100`, or leave the patience out")
 
 
+def the_best_needs_evaluations(recipe: Recipe) -> Problem | None:
+    missing = {"`data.eval`": recipe.data.eval, "`training.eval_steps`": recipe.training.eval_steps}
+    names = [name for name, value in missing.items() if value is None]
+    if not recipe.training.keep_best or not names:
+        return None
+    what = f"`training.keep_best` needs {' and '.join(names)}: the best is the lowest held-out loss"
+    return Problem(what, fix="set `data.eval: 5%` and `training.eval_steps: 100`, or leave `keep_best` out")
+
+
+def a_start_has_no_init(recipe: Recipe) -> Problem | None:
+    lora = recipe.lora
+    if lora.start_from is None or lora.init == "default":
+        return None
+    what = f"`lora.start_from` and `lora.init: {lora.init}` both say how the factors start"
+    return Problem(what, fix="leave one of them out")
+
+
 def evaluations_need_rows(recipe: Recipe) -> Problem | None:
     training = recipe.training
     if training.eval_steps is None or recipe.data.eval or training.sample_prompts or training.early_stopping_patience:
@@ -130,6 +147,8 @@ RULES = (
     Rule(("data.eval",), share_has_its_sign),
     Rule(("training.micro_batch_size", "training.global_batch_size"), micro_batch_fits_the_global_batch),
     Rule(("training.early_stopping_patience", "training.eval_steps", "data.eval"), patience_needs_evaluations),
+    Rule(("training.keep_best", "training.eval_steps", "data.eval"), the_best_needs_evaluations),
+    Rule(("lora.start_from", "lora.init"), a_start_has_no_init),
     Rule(("training.eval_steps", "data.eval", "training.sample_prompts"), evaluations_need_rows),
     Rule(("lora.targets",), lambda recipe: patterns_compile("lora.targets", _targets(recipe))),
     Rule(("lora.exclude",), lambda recipe: patterns_compile("lora.exclude", recipe.lora.exclude)),

@@ -90,6 +90,12 @@ class LoRA(Block):
         description="How A and B start; `pissa` and `olora` start in the base weight's own directions, at the cost of "
         "a decomposition per module, the others at a random A and B = 0.",
     )
+    start_from: NonEmpty | None = Field(
+        None,
+        description="Folder of an adapter that a new run begins at, of the same base, targets, rank and scale; a folder "
+        "is relative to the current one. `--resume` is another thing: it continues a run.",
+        examples=["out-1/"],
+    )
     exclude: list[NonEmpty] = Field(
         [],
         description="Module names or patterns taken out of `targets`; they stay as in the base.",
@@ -245,7 +251,11 @@ class Training(Block):
     """The run: for how long, how fast, in what batches, and what is kept on the way."""
 
     objective: Literal["sft"] = Field("sft", description="What is minimised; `sft` is cross-entropy on the answers.")
-    epochs: PositiveNumber = Field(3, description="Passes over the training rows; may be a fraction.")
+    epochs: PositiveNumber = Field(
+        3,
+        description="Passes over the training rows; may be a fraction. Raised with `--resume` it extends a run: from "
+        "there on the learning rate follows the schedule of the longer run.",
+    )
     max_steps: Positive | None = Field(
         None, description="Optimizer steps, whatever `epochs` says; the schedule ends with them.", examples=[1000]
     )
@@ -305,8 +315,18 @@ class Training(Block):
     early_stopping_patience: Positive | None = Field(
         None,
         description="Stop after this many evaluations in a row without a lower loss; needs `data.eval` and "
-        "`eval_steps`. The adapter is the last one, not the best.",
+        "`eval_steps`. The adapter is the last one; with `keep_best`, the best.",
         examples=[3],
+    )
+    keep_best: bool = Field(
+        False,
+        description="The result is the adapter of the step with the lowest held-out loss, not of the last; its checkpoint "
+        "stays on disk. Needs `data.eval` and `eval_steps`.",
+    )
+    rewind_on_spike: bool = Field(
+        False,
+        description="Where a gradient is 20 times the usual or not finite, put back the weights of up to 20 steps ago and "
+        "go on with the next rows; costs a copy of adapter and optimizer in memory and in each checkpoint.",
     )
     sample_prompts: list[NonEmpty] = Field(
         [],

@@ -1,19 +1,15 @@
 """A run folder: what lies in it, who may write to it, and how it comes into being."""
 
 import json
-import os
-import socket
+import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from lora_cli.durable import DRAFT, replace_file, sweep, sync_path
 from lora_cli.errors import Problem, StorageError
-
-try:
-    import fcntl
-except ImportError:  # Windows: nothing keeps a second run out of the folder
-    fcntl = None
+from lora_cli.runs import lock
 
 
 @dataclass(frozen=True)
@@ -36,13 +32,41 @@ class RunFolder:
     def lock(self) -> Path:
         return self.path / "run.lock"
 
+    def read_record(self) -> dict:
+        """run.json; empty where there is none."""
+        try:
+            return json.loads(self.record.read_text())
+        except (OSError, ValueError):
+            return {}
+
     def check_free(self, *, resume: bool, overwrite: bool) -> None:
         """Raise StorageError where a run would meet another one, old or under way, or where there is none to resume."""
         if self.path.exists() and not self.path.is_dir():
             raise StorageError(Problem("the output is a file", where=str(self.path), fix="give a folder with `--out`"))
-        if self.lock.exists():
-            with self.locked():
-                pass
+        lock.check_free(self.lock)
+        self._check_content(resume=resume, overwrite=overwrite)
+
+    @contextmanager
+    def held(self, *, resume: bool, overwrite: bool) -> Iterator["Hold"]:
+        """Keep every other run out, from before anything is read to after the last write.
+
+        Nothing but the lock is made before the run begins, and where it can't begin nothing stays.
+        """
+        made = self._made()
+        with ExitStack() as locks:
+            locks.enter_context(lock.locked(self.lock))
+            try:
+                self._check_content(resume=resume, overwrite=overwrite)
+                yield Hold(self, locks, overwrite=overwrite)
+            finally:
+                if self._is_empty():
+                    self._vanish(made)
+
+    def check_ours(self) -> None:
+        """Raise StorageError where another process has taken the folder."""
+        lock.check_ours(self.lock)
+
+    def _check_content(self, *, resume: bool, overwrite: bool) -> None:
         if self._is_empty() or overwrite:
             return
         if not resume:
@@ -62,11 +86,12 @@ class RunFolder:
                 )
             )
 
-    def prepare(self, *, overwrite: bool) -> Path | None:
-        """Make the folder; with `overwrite`, an old run is moved aside first. Returns where it was moved to."""
-        moved = self._move_aside() if overwrite and not self._is_empty() else None
+    def _made(self) -> bool:
+        """Whether the folder had to be made."""
+        if self.path.is_dir():
+            return False
         try:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StorageError(
                 Problem(
@@ -75,44 +100,49 @@ class RunFolder:
                     fix="give a folder you may write to with `--out`",
                 )
             ) from error
-        return moved
+        return True
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the folder for this process alone; the lock goes with the process, however it ends."""
-        with self.lock.open("a+") as file:
-            if fcntl is None:
-                yield
-                return
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                file.seek(0)
-                raise StorageError(
-                    Problem(
-                        f"another run is writing here: {file.read().strip() or 'unknown'}",
-                        where=str(self.path),
-                        fix="wait for it, or give another folder with `--out`",
-                    )
-                ) from error
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}")
-            file.flush()
-            yield
+    def _vanish(self, made: bool) -> None:
+        self.lock.unlink(missing_ok=True)
+        if made:
+            with suppress(OSError):  # someone has put something in
+                self.path.rmdir()
 
     def _is_empty(self) -> bool:
         return not self.path.is_dir() or not any(entry for entry in self.path.iterdir() if entry != self.lock)
 
+
+@dataclass(frozen=True)
+class Hold:
+    """A run folder that this process holds."""
+
+    folder: RunFolder
+    locks: ExitStack
+    overwrite: bool = False
+
+    def begin(self) -> Path | None:
+        """Make the folder ready for its run: an old run that is to be overwritten moves aside, to the path returned."""
+        folder = self.folder
+        aside = self._move_aside() if self.overwrite and not folder._is_empty() else None
+        folder.checkpoints.mkdir(exist_ok=True)
+        for place in (folder.path, folder.checkpoints):
+            sweep(place)
+        return aside
+
     def _move_aside(self) -> Path:
-        number = 1
-        while (aside := self.path.with_name(f"{self.path.name}.old-{number}")).exists():
+        """The new folder is locked before it takes the old one's place, so that there is never one to be had."""
+        path, number = self.folder.path, 1
+        while (aside := path.with_name(f"{path.name}.old-{number}")).exists():
             number += 1
-        self.path.rename(aside)
+        fresh = path.with_name(f"{DRAFT}{path.name}-{secrets.token_hex(4)}")
+        fresh.mkdir()
+        self.locks.enter_context(lock.locked(RunFolder(fresh).lock))
+        path.rename(aside)
+        fresh.rename(path)
+        sync_path(path.parent)
         return aside
 
 
 def write_json(file: Path, content: object) -> None:
-    """Whole or not at all: written beside the file, then renamed over it."""
-    draft = file.with_name(f".tmp-{file.name}")
-    draft.write_text(json.dumps(content, indent=2) + "\n")
-    draft.replace(file)
+    """Whole or not at all."""
+    replace_file(file, (json.dumps(content, indent=2) + "\n").encode())

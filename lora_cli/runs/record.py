@@ -10,14 +10,19 @@ from pathlib import Path
 import torch
 
 from lora_cli.data.pipeline import DataReport
+from lora_cli.durable import can_sync
 from lora_cli.runs.folder import RunFolder
 from lora_cli.runs.parts import Run
+from lora_cli.runs.resume import Continuation
 
 LIBRARIES = ("lora-cli", "torch", "transformers", "accelerate", "datasets", "bitsandbytes", "safetensors")
 
 
-def record(run: Run) -> dict[str, object]:
-    """All that is worth knowing about a run before its first step."""
+def record(run: Run, found: Continuation | None = None) -> dict[str, object]:
+    """All that is worth knowing about a run before its first step, or before the one that it continues with."""
+    changes = run.folder.read_record().get("changes", []) if found else []
+    if found and found.changed:
+        changes.append({"step": found.checkpoint.progress.step, "changed": found.changed})
     return {
         "base": {"name": run.base.name, "revision": run.base.revision, "fingerprint": asdict(run.fingerprint)},
         "data": {
@@ -36,6 +41,8 @@ def record(run: Run) -> dict[str, object]:
         },
         "parameters": {"trainable": run.budget.trainable, "base": run.budget.base},
         "seed": run.recipe.training.seed,
+        "changes": changes,  # of what a resumed run was started with: by key, (then, now)
+        "survives_power_loss": can_sync(run.folder.path),
         "machine": machine(),
     }
 

@@ -6,7 +6,7 @@ finish    -> PEFT's two files, tokenizer, run.json, read back and checked
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +18,8 @@ from torch import nn
 from lora_cli.budget.params import Budget, budget_of
 from lora_cli.budget.shapes import Linear
 from lora_cli.data.pipeline import steps
+from lora_cli.data.types import Example, sources_in
+from lora_cli.durable import draft_of, move_into, replace_file
 from lora_cli.errors import ModelError, Problem, RecipeError
 from lora_cli.evaluate.loss import held_out_loss
 from lora_cli.infer.generate import answer
@@ -25,7 +27,7 @@ from lora_cli.lora.adapter import Adapter
 from lora_cli.lora.base_files import fingerprint
 from lora_cli.lora.init import INITS
 from lora_cli.lora.inject import frozen_digest, inject, linears
-from lora_cli.lora.peft_format import load_adapter, save_adapter
+from lora_cli.lora.peft_format import WEIGHTS, load_adapter, save_adapter
 from lora_cli.lora.targets import fused_notices, shortest_suffixes
 from lora_cli.lora.weights import storage_of
 from lora_cli.models.attention import packs
@@ -45,14 +47,18 @@ from lora_cli.runs.folder import RunFolder, write_json
 from lora_cli.runs.parts import Rows, Run
 from lora_cli.runs.proof_rows import write_proof_rows
 from lora_cli.runs.record import record
-from lora_cli.runs.resume import comparable, continued
+from lora_cli.runs.resume import LAYOUT, Continuation, comparable, continuation, is_complete, shared
 from lora_cli.runs.rows import load_rows, planned
+from lora_cli.runs.start import start_from
 from lora_cli.train import auto
-from lora_cli.train.checkpoint import save_checkpoint
-from lora_cli.train.events import Event, Started
-from lora_cli.train.loop import Actions, Progress, Settings, train
+from lora_cli.train.checkpoint import folder_name, restore, save_checkpoint, set_damaged_aside
+from lora_cli.train.events import Complete, Event, Finished, Resumed, Started
+from lora_cli.train.loop import Actions, Measured, Parts, Settings, train
 from lora_cli.train.optim import make_optimizer, make_schedule
-from lora_cli.train.parallel import agree, local_rank, make_accelerator
+from lora_cli.train.parallel import agree, local_rank, make_accelerator, on_first
+from lora_cli.train.progress import Progress
+from lora_cli.train.ranks import Ranks
+from lora_cli.train.rewind import Rewind
 from lora_cli.train.sinks import check_trackers, open_sinks
 from lora_cli.train.task import Task
 
@@ -99,6 +105,8 @@ def prepare(loaded: LoadedRecipe, folder: RunFolder) -> Run:
     )
     settings = _settings(recipe, rows, model, accelerator, device)  # probes the base, so before it has an adapter
     inject(model, config, paths, init=INITS[recipe.lora.init], seed=training.seed)
+    if recipe.lora.start_from:
+        start_from(Path(recipe.lora.start_from), model, config, identity, base.folder)
     if auto.gradient_checkpointing(training, device):
         checkpoint_activations(model)
     return Run(
@@ -120,93 +128,157 @@ def prepare(loaded: LoadedRecipe, folder: RunFolder) -> Run:
     )
 
 
-def execute(run: Run, *, resume: bool = False) -> Iterator[Event]:
-    """Train; yield what happens. Files are written by the first process alone."""
-    task = Task(run.model, OBJECTIVES[run.recipe.training.objective])
-    task.train()
-    parameters = {name: p for name, p in run.model.named_parameters() if p.requires_grad}
-    optimizer = make_optimizer(run.recipe.training, parameters)
-    progress = continued(run, optimizer, parameters) if resume else Progress()
-    agree(run.accelerator, {"the step": progress.step, "the planned steps": run.plan.steps} | comparable(run))
-    wrapped = run.accelerator.prepare(task) if run.accelerator.num_processes > 1 else task
-    first = run.accelerator.is_main_process
+def execute(
+    run: Run,
+    *,
+    resume: bool = False,
+    allow_change: Collection[str] = (),
+    asked_to_stop: Callable[[], bool] = lambda: False,
+) -> Iterator[Event]:
+    """Train; yield what happens. Files are written by the first process alone.
+
+    Ends with Finished; with Interrupted where it was asked to stop; with Complete alone where there is nothing to resume.
+    """
+    parts, first = _parts(run, asked_to_stop), run.accelerator.is_main_process
+    if resume:
+        on_first(run.accelerator, lambda: set_damaged_aside(run.folder.checkpoints))
+    found = continuation(run, allow_change) if resume else None
+    settings = comparable(run)
+    progress = _restored(run, parts, found) if found else Progress()
+    agree(run.accelerator, {"the step": progress.step} | shared(settings))
+    if found and is_complete(run, found):
+        yield Complete(progress.step)
+        return
     if first:
-        run.folder.recipe.write_text(resolved_yaml(run.loaded))
-        write_json(run.folder.record, record(run))
-    events = _events(run, wrapped, task, optimizer, parameters, progress)
-    with open_sinks(run.recipe.training.trackers, run.folder.path) if first else nullcontext([]) as sinks:
+        replace_file(run.folder.recipe, resolved_yaml(run.loaded).encode())
+        write_json(run.folder.record, record(run, found))
+    events = _events(run, parts, progress, found, settings)
+    sinks = open_sinks(run.recipe.training.trackers, run.folder.path, resumed_at=progress.step if resume else None)
+    with sinks if first else nullcontext([]) as opened:
         for event in events:
-            for sink in sinks:
+            for sink in opened:
                 sink(event)
             yield event
 
 
-def finish(run: Run) -> Adapter:
-    """Save the adapter and read it back.
+def finish(run: Run, finished: Finished) -> Adapter:
+    """Save the adapter and read it back; what was there before stays until it is whole.
 
     Raises for an adapter that does nothing or is not finite, for a base that has changed, and for a file that differs
     from what was trained.
     """
     adapter = Adapter.of(run.model, run.config, run.fingerprint)
-    adapter.check_alive()
     if frozen_digest(run.model) != run.frozen:
         raise RuntimeError("the frozen base has changed during training")
-    save_adapter(adapter, run.folder.path, transposed=run.transposed)
-    run.tokenizer.save_pretrained(run.folder.path)
-    write_proof_rows(run.folder.path, [row.input_ids for row in (run.rows.held_out or run.rows.train)])
-    _check_same(adapter, load_adapter(run.folder.path), run.folder.path)
-    write_json(run.folder.record, record(run) | {"proofs": PROOFS})
+    if finished.adapter_step != finished.step:
+        adapter = load_adapter(run.folder.checkpoints / folder_name(finished.adapter_step))
+    adapter.check_alive()
+    draft = draft_of(run.folder.path / "result")
+    save_adapter(adapter, draft, transposed=run.transposed)
+    run.tokenizer.save_pretrained(draft)
+    write_proof_rows(draft, [row.input_ids for row in (run.rows.held_out or run.rows.train)])
+    _check_same(adapter, load_adapter(draft), draft)
+    move_into(draft, run.folder.path, last=WEIGHTS)
+    result = {"step": finished.step, "reason": finished.reason, "adapter_step": finished.adapter_step}
+    write_json(
+        run.folder.record,
+        run.folder.read_record() | {"proofs": PROOFS, "finished": result | {"adapter": adapter.digest()}},
+    )
     return adapter
 
 
-def _events(run: Run, wrapped: nn.Module, task: Task, optimizer, parameters, progress: Progress) -> Iterator[Event]:
+def _parts(run: Run, asked_to_stop: Callable[[], bool]) -> Parts:
     training = run.recipe.training
+    task = Task(run.model, OBJECTIVES[training.objective]).train()
+    parameters = {name: p for name, p in run.model.named_parameters() if p.requires_grad}
+    optimizer = make_optimizer(training, parameters)
+    return Parts(
+        task=run.accelerator.prepare(task) if run.accelerator.num_processes > 1 else task,
+        optimizer=optimizer,
+        parameters=parameters,
+        schedule=make_schedule(training, run.plan.steps),
+        settings=run.settings,
+        accelerator=run.accelerator,
+        ranks=Ranks(run.accelerator, asked_to_stop),
+        rewind=Rewind() if training.rewind_on_spike else None,
+    )
+
+
+def _restored(run: Run, parts: Parts, found: Continuation) -> Progress:
+    """The checkpoint's state put into the parts; what was not allowed to change is as it was."""
+    snapshot = restore(found.checkpoint, run.model, parts.optimizer, parts.parameters)
+    if parts.rewind:
+        parts.rewind.snapshot = snapshot
+    progress = found.checkpoint.progress
+    if any(key in found.changed for key in LAYOUT):
+        progress.layout = run.settings.layout
+    return progress
+
+
+def _events(
+    run: Run, parts: Parts, progress: Progress, found: Continuation | None, settings: Mapping[str, object]
+) -> Iterator[Event]:
+    training = run.recipe.training
+    if found:
+        yield Resumed(progress.step, found.changed)
     yield Started(
         step=progress.step,
         steps=run.plan.steps,
         rows=len(run.rows.train),
         parameters=run.budget.trainable,
-        micro_batch_size=run.settings.layout.micro_batch_size,
+        micro_batch_size=(progress.layout or run.settings.layout).micro_batch_size,
         processes=run.accelerator.num_processes,
     )
     yield from train(
-        wrapped,
-        optimizer,
-        parameters,
+        parts,
         steps(run.rows.train, run.plan, seed=training.seed, start=progress.step),
         last_step=run.plan.steps,
-        schedule=make_schedule(training, run.plan.steps),
-        settings=run.settings,
-        actions=_actions(run, task, optimizer, parameters),
+        actions=_actions(run, parts, progress, settings),
         progress=progress,
-        accelerator=run.accelerator,
+        rehearsal=_rehearsal(run) if auto.rehearses(run.accelerator.device) else None,
     )
 
 
-def _actions(run: Run, task: Task, optimizer, parameters) -> Actions:
-    training = run.recipe.training
+def _rehearsal(run: Run) -> list[Example]:
+    """The rows of the step that has the longest example of the run."""
+    every = (rows for _, rows in steps(run.rows.train, run.plan, seed=run.recipe.training.seed))
+    return max(every, key=lambda rows: max(len(row.input_ids) for row in rows))
 
-    def evaluate() -> tuple[float, int]:
-        measured = held_out_loss(task, run.rows.held_out, run.settings.layout, run.accelerator)
-        return measured.loss, measured.tokens
+
+def _actions(run: Run, parts: Parts, progress: Progress, settings: Mapping[str, object]) -> Actions:
+    training, ranks = run.recipe.training, parts.ranks
+    task = run.accelerator.unwrap_model(parts.task)
+
+    def evaluate() -> Measured:
+        found = held_out_loss(task, run.rows.held_out, progress.layout, run.accelerator, between=ranks.go_on)
+        return Measured(found.loss, found.tokens, found.sources)
 
     def sample() -> dict[str, str]:
-        return answer(run.model, run.tokenizer, training.sample_prompts, format=run.rows.report.format)
+        # the processes answer at paces of their own, and meet when all are done
+        between = ranks.go_on if ranks.count == 1 else lambda: None
+        prompts, format = training.sample_prompts, run.rows.report.format
+        answers = answer(run.model, run.tokenizer, prompts, format=format, between=between)
+        ranks.go_on()
+        return answers
 
     def save(progress: Progress) -> str:
-        if run.accelerator.is_main_process:
-            save_checkpoint(
-                run.folder.checkpoints,
-                progress,
-                Adapter.of(run.model, run.config, run.fingerprint),
-                optimizer,
-                parameters,
-                settings=comparable(run),
-                transposed=run.transposed,
-                keep=training.keep_checkpoints,
-            )
-        run.accelerator.wait_for_everyone()
+        on_first(run.accelerator, lambda: write(progress))
         return str(run.folder.checkpoints)
+
+    def write(progress: Progress) -> None:
+        run.folder.check_ours()
+        save_checkpoint(
+            run.folder.checkpoints,
+            progress,
+            Adapter.of(run.model, run.config, run.fingerprint),
+            parts.optimizer,
+            parts.parameters,
+            settings=settings,
+            transposed=run.transposed,
+            keep=training.keep_checkpoints,
+            spare=progress.kept_step if training.keep_best else None,
+            snapshot=parts.rewind.snapshot if parts.rewind else None,
+        )
 
     return Actions(evaluate if run.rows.held_out else None, sample if training.sample_prompts else None, save)
 
@@ -231,6 +303,8 @@ def _settings(
         save_steps=training.save_steps,
         max_seconds=None if training.max_time is None else seconds_of(training.max_time),
         patience=training.early_stopping_patience,
+        keep_best=training.keep_best,
+        sources=sources_in(rows.train),
     )
 
 

@@ -57,3 +57,12 @@ def gradient_checkpointing(settings: Training, device: torch.device) -> bool:
     if settings.gradient_checkpointing != "auto":
         return settings.gradient_checkpointing
     return device.type != "cpu"
+
+
+def rehearses(device: torch.device) -> bool:
+    """Whether the largest forward is tried before the first step.
+
+    Where a device has memory of its own, that tells in the first minute what would end the run in the fourth hour. On a
+    CPU it would tell nothing: the system promises more memory than it has, and kills who uses it.
+    """
+    return device.type != "cpu"

@@ -3,19 +3,20 @@
     step-0000100/
       adapter_config.json  adapter_model.safetensors     PEFT's files: a checkpoint can be evaluated or merged as it is
       optimizer.safetensors                              its tensors as `<parameter>/<state>`
+      snapshot.safetensors                               where a spike would go back to; with `rewind_on_spike` alone
       state.json                                         progress, the recipe's settings, the rest of the optimizer
       MANIFEST.json                                      size and SHA-256 of each file, written last
 
-Written into a folder beside it, synced to the disk, and renamed.
+Each file is written into a draft beside the folder and forced to disk; the draft is read back and compared with what is
+in memory; then it is renamed, and the rename forced to disk. Only then is a step saved, and an older one let go.
 """
 
 import hashlib
 import json
 import logging
-import os
 import shutil
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,20 +24,24 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lora_cli.errors import ModelError, Problem
+from lora_cli.durable import draft_of, remove, sync_path, write_synced
+from lora_cli.errors import DivergedError, ModelError, Problem, StorageError
 from lora_cli.lora.adapter import Adapter
 from lora_cli.lora.inject import lora_layers
-from lora_cli.lora.peft_format import load_adapter, save_adapter
-from lora_cli.train.loop import Progress
-from lora_cli.train.optim import Parameters
+from lora_cli.lora.peft_format import adapter_files, load_adapter
+from lora_cli.train.optim import Parameters, optimizer_state, restore_optimizer
+from lora_cli.train.progress import Progress
+from lora_cli.train.rewind import Snapshot
 
 log = logging.getLogger(__name__)
 
 OPTIMIZER = "optimizer.safetensors"
+SNAPSHOT = "snapshot.safetensors"
 STATE = "state.json"
 MANIFEST = "MANIFEST.json"
 PREFIX = "step-"
-DRAFT = ".tmp-"
+DAMAGED = ".damaged-"
+WEIGHTS, MOMENTS = "weights", "optimizer"  # what the tensors of a snapshot belong to
 
 
 @dataclass(frozen=True)
@@ -56,69 +61,161 @@ def save_checkpoint(
     settings: Mapping[str, object],
     transposed: bool,
     keep: int,
+    spare: int | None = None,
+    snapshot: Snapshot | None = None,
 ) -> Path:
-    """Write one checkpoint, then remove the oldest above `keep`. Returns its folder, whole and on the disk."""
-    folder = checkpoints / f"{PREFIX}{progress.step:07d}"
-    draft = checkpoints / f"{DRAFT}{folder.name}-{os.getpid()}"
-    for left_behind in checkpoints.glob(f"{DRAFT}*"):  # by a process that was killed
-        shutil.rmtree(left_behind)
-    save_adapter(adapter, draft, transposed=transposed)
+    """Write one checkpoint, then remove what is older than the newest `keep` whole ones, but for the step `spare`.
+
+    Returns its folder, whole and on the disk. Raises DivergedError for values that are not finite, and StorageError
+    where the disk gives back something else; nothing has changed then.
+    """
+    adapter.check_finite()
     tensors, scalars = optimizer_state(optimizer, parameters)
-    (draft / OPTIMIZER).write_bytes(save(tensors))
-    _write_json(draft / STATE, {"progress": asdict(progress), "settings": dict(settings), "optimizer": scalars})
-    _write_json(draft / MANIFEST, _manifest(draft))
-    _sync(draft)
-    shutil.rmtree(folder, ignore_errors=True)
-    draft.rename(folder)
-    _sync_folder(checkpoints)
-    for old in _by_step(checkpoints)[:-keep]:
-        shutil.rmtree(old)
+    _check_finite(tensors)
+    contents = adapter_files(adapter, transposed=transposed) | {OPTIMIZER: save(tensors)}
+    state = {"progress": progress.as_json(), "settings": dict(settings), "optimizer": scalars}
+    if snapshot:
+        contents[SNAPSHOT] = save(_snapshot_tensors(snapshot))
+        state["snapshot"] = {"step": snapshot.step, "optimizer": snapshot.scalars}
+    contents[STATE] = _json(state)
+    folder = checkpoints / folder_name(progress.step)
+    if fault_of(folder) is not None:  # else it is there already: the state behind a step is one and the same
+        _write(folder, contents, lambda draft: _check_read_back(draft, contents, adapter, tensors))
+    _rotate(checkpoints, keep, spare)
     return folder
 
 
+def folder_name(step: int) -> str:
+    return f"{PREFIX}{step:07d}"
+
+
 def newest_checkpoint(checkpoints: Path) -> Checkpoint | None:
-    """The newest checkpoint whose manifest holds; damaged ones are named and passed over."""
+    """The newest checkpoint whose manifest holds; damaged ones are passed over."""
     for folder in reversed(_by_step(checkpoints)):
-        if (fault := _fault(folder)) is None:
+        if fault_of(folder) is None:
             state = json.loads((folder / STATE).read_text())
-            return Checkpoint(folder, Progress(**state["progress"]), state["settings"])
-        log.warning("%s is damaged (%s): going back to the one before", folder, fault)
+            return Checkpoint(folder, Progress.from_json(state["progress"]), state["settings"])
     return None
 
 
-def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer, parameters: Parameters) -> None:
-    """Put a checkpoint's factors and optimizer state into a model whose LoRA layers are in place."""
+def set_damaged_aside(checkpoints: Path) -> None:
+    """Give those above the newest whole checkpoint another name, and say so: their bytes stay, for who wants to look."""
+    for folder in reversed(_by_step(checkpoints)):
+        if (fault := fault_of(folder)) is None:
+            return
+        log.warning("%s is damaged (%s): kept as %s, going back to the one before", folder, fault, _aside(folder).name)
+
+
+def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer, parameters: Parameters) -> Snapshot | None:
+    """Put a checkpoint's factors and optimizer state into a model whose LoRA layers are in place.
+
+    Returns the snapshot that it holds.
+    """
     _restore_layers(load_adapter(checkpoint.folder), model)
     tensors = load_file(checkpoint.folder / OPTIMIZER)
-    scalars = json.loads((checkpoint.folder / STATE).read_text())["optimizer"]
-    restore_optimizer(optimizer, parameters, tensors, scalars)
+    state = json.loads((checkpoint.folder / STATE).read_text())
+    restore_optimizer(optimizer, parameters, tensors, state["optimizer"])
+    if "snapshot" not in state:
+        return None
+    return _snapshot(load_file(checkpoint.folder / SNAPSHOT), state["snapshot"])
 
 
-def optimizer_state(optimizer: Optimizer, parameters: Parameters) -> tuple[dict[str, Tensor], dict[str, dict]]:
-    """The optimizer's state by parameter name: tensors as `<name>/<key>`, plain numbers apart from them."""
-    tensors, scalars = {}, {}
-    for name, parameter in parameters.items():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            if isinstance(value, Tensor):
-                tensors[f"{name}/{key}"] = value.detach().to("cpu", copy=True).contiguous()
-            else:
-                scalars.setdefault(name, {})[key] = value
-    return tensors, scalars
+def fault_of(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, or None."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        listed = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"no readable {MANIFEST}"
+    if not {OPTIMIZER, STATE} <= set(listed):
+        return f"no readable {MANIFEST}"
+    for name, (size, digest) in listed.items():
+        file = folder / name
+        if not file.is_file() or file.stat().st_size != size:
+            return f"{name} is missing or cut"
+        if hashlib.sha256(file.read_bytes()).hexdigest() != digest:
+            return f"{name} has changed"
+    return None
 
 
-def restore_optimizer(
-    optimizer: Optimizer, parameters: Parameters, tensors: Mapping[str, Tensor], scalars: Mapping[str, dict]
+def _write(folder: Path, contents: Mapping[str, bytes], check: Callable[[Path], None]) -> None:
+    """The files and their manifest, all of them or none; `check` looks at the draft before it takes its name."""
+    manifest = {
+        name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        for name, content in sorted(contents.items())
+    }
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = draft_of(folder)
+    try:
+        draft.mkdir()
+        for name, content in contents.items():
+            write_synced(draft / name, content)
+        write_synced(draft / MANIFEST, _json(manifest))
+        sync_path(draft)
+        check(draft)
+        if folder.exists():  # of the same step, and damaged
+            _aside(folder)
+        draft.rename(folder)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    sync_path(folder.parent)
+
+
+def _check_read_back(
+    draft: Path, contents: Mapping[str, bytes], adapter: Adapter, tensors: Mapping[str, Tensor]
 ) -> None:
-    """The inverse of `optimizer_state`; state tensors go where their parameter lies (a step counter stays where it was)."""
-    for name, parameter in parameters.items():
-        state = dict(scalars.get(name, {}))
-        for key in (key for key in tensors if key.rpartition("/")[0] == name):
-            tensor = tensors[key]
-            state[key.rpartition("/")[2]] = (
-                tensor if tensor.ndim == 0 and not _fused(optimizer) else tensor.to(parameter.device)
-            )
-        if state:
-            optimizer.state[parameter] = state
+    """The bytes are those in memory, and read as the factors and the optimizer state that they came from."""
+    read = load_file(draft / OPTIMIZER)
+    if (
+        any((draft / name).read_bytes() != content for name, content in contents.items())
+        or fault_of(draft) is not None
+        or load_adapter(draft).digest() != adapter.digest()
+        or read.keys() != tensors.keys()
+        or not all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
+    ):
+        fix = "check the disk; `--resume` continues from the checkpoint before"
+        raise StorageError(Problem("what was written does not read back the same", where=str(draft), fix=fix))
+
+
+def _check_finite(tensors: Mapping[str, Tensor]) -> None:
+    broken = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if broken:
+        fix = "lower `training.learning_rate`; the last checkpoint is untouched"
+        what = f"the optimizer holds values that are not finite in {len(broken)} tensors, first {broken[0]}"
+        raise DivergedError(Problem(what, fix=fix))
+
+
+def _snapshot_tensors(snapshot: Snapshot) -> dict[str, Tensor]:
+    weights = {f"{WEIGHTS}/{name}": tensor for name, tensor in snapshot.weights.items()}
+    return weights | {f"{MOMENTS}/{name}": tensor for name, tensor in snapshot.tensors.items()}
+
+
+def _snapshot(found: Mapping[str, Tensor], state: Mapping) -> Snapshot:
+    parts = {
+        part: {name.removeprefix(f"{part}/"): tensor for name, tensor in found.items() if name.startswith(f"{part}/")}
+        for part in (WEIGHTS, MOMENTS)
+    }
+    return Snapshot(state["step"], parts[WEIGHTS], parts[MOMENTS], state["optimizer"])
+
+
+def _rotate(checkpoints: Path, keep: int, spare: int | None) -> None:
+    whole = 0
+    for folder in reversed(_by_step(checkpoints)):
+        if folder.name == folder_name(spare or 0):
+            continue
+        if whole == keep:
+            remove(folder)
+        elif fault_of(folder) is None:
+            whole += 1
+
+
+def _aside(folder: Path) -> Path:
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}{DAMAGED}{number}")).exists():
+        number += 1
+    folder.rename(aside)
+    return aside
 
 
 def _restore_layers(adapter: Adapter, model: nn.Module) -> None:
@@ -145,55 +242,11 @@ def _restore_layers(adapter: Adapter, model: nn.Module) -> None:
                 layer.magnitude.copy_(factors.magnitude)
 
 
-def _fused(optimizer: Optimizer) -> bool:
-    return any(group.get("fused") for group in optimizer.param_groups)
-
-
 def _by_step(checkpoints: Path) -> list[Path]:
     """Oldest first, by the number in the name: a clock may jump, a number does not."""
     found = [path for path in checkpoints.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
     return sorted(found, key=lambda path: int(path.name.removeprefix(PREFIX)))
 
 
-def _manifest(folder: Path) -> dict[str, dict]:
-    return {
-        file.name: {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
-        for file in sorted(folder.iterdir())
-    }
-
-
-def _fault(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        listed = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return f"no readable {MANIFEST}"
-    if not {OPTIMIZER, STATE} <= set(listed):
-        return f"no readable {MANIFEST}"
-    for name, (size, digest) in listed.items():
-        file = folder / name
-        if not file.is_file() or file.stat().st_size != size:
-            return f"{name} is missing or cut"
-        if hashlib.sha256(file.read_bytes()).hexdigest() != digest:
-            return f"{name} has changed"
-    return None
-
-
-def _write_json(file: Path, content: Mapping) -> None:
-    file.write_text(json.dumps(content, indent=1) + "\n")
-
-
-def _sync(folder: Path) -> None:
-    for file in folder.iterdir():
-        with file.open("rb") as stream:
-            os.fsync(stream.fileno())
-    _sync_folder(folder)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _json(content: Mapping) -> bytes:
+    return (json.dumps(content, indent=1) + "\n").encode()

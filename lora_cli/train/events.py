@@ -1,7 +1,7 @@
 """What happens in a run, as values. The loop yields them; console, events.jsonl and trackers consume them."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 
 @dataclass(frozen=True)
@@ -11,7 +11,7 @@ class Event:
         return type(self).__name__.lower()
 
     def as_json(self) -> dict:
-        return {"event": self.name, **asdict(self)}
+        return {"event": self.name, **{key: value for key, value in asdict(self).items() if value != {}}}
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,14 @@ class Started(Event):
 
 
 @dataclass(frozen=True)
+class Resumed(Event):
+    """A run goes on from the checkpoint of `step`; what it had logged behind it is dropped, for it comes again."""
+
+    step: int
+    changed: Mapping[str, tuple]  # what is not as it was, by key: (then, now)
+
+
+@dataclass(frozen=True)
 class Step(Event):
     """One optimizer step. `loss` is the mean over its trained tokens on all devices, in nats."""
 
@@ -37,6 +45,42 @@ class Step(Event):
     tokens: int  # trained tokens so far, over the whole run
     tokens_per_second: float  # all tokens of this step, trained or read
     seconds: float  # since the run began
+    sources: Mapping[str, float] = field(default_factory=dict)  # the mean loss of each, where there are several
+
+
+@dataclass(frozen=True)
+class Skipped(Event):
+    """A step whose update was not applied, why, and the rows that may be the cause."""
+
+    step: int
+    reason: str
+    rows: str
+    skipped: int  # such steps so far
+    rewound_to: int | None = None  # the step whose weights were put back
+
+
+@dataclass(frozen=True)
+class Spike(Event):
+    """A step that was applied, though its gradient is far larger than those before it."""
+
+    step: int
+    grad_norm: float
+    median: float
+    rows: str
+
+
+@dataclass(frozen=True)
+class OutOfMemory(Event):
+    """Memory ran out in this step, which is taken again with these, smaller, forwards."""
+
+    step: int
+    rank: int
+    micro_batch_size: int
+    row_length: int | None  # tokens of a packed row
+
+    @property
+    def name(self) -> str:
+        return "out_of_memory"
 
 
 @dataclass(frozen=True)
@@ -48,6 +92,7 @@ class Evaluated(Event):
     perplexity: float
     tokens: int
     best: bool  # the lowest loss so far
+    sources: Mapping[str, float] = field(default_factory=dict)  # the mean loss of each, where there are several
 
 
 @dataclass(frozen=True)
@@ -65,6 +110,21 @@ class Saved(Event):
 
 
 @dataclass(frozen=True)
+class Interrupted(Event):
+    """A signal ended this session; `saved` is the step that the run continues from, 0 where it has to begin anew."""
+
+    step: int
+    saved: int
+
+
+@dataclass(frozen=True)
+class Complete(Event):
+    """There was nothing to resume: the run had finished, and nothing has changed since."""
+
+    step: int
+
+
+@dataclass(frozen=True)
 class Finished(Event):
     """The end of a run and why: `all steps`, `early stopping` or `max_time`."""
 
@@ -72,3 +132,4 @@ class Finished(Event):
     reason: str
     seconds: float
     peak_bytes: int
+    adapter_step: int  # the step whose adapter is the result: the last, or with `keep_best` the best

@@ -4,7 +4,8 @@ Which rows a step has is decided before (`data.pipeline.steps`), and losses are 
 trained: not the number of processes, not the micro-batch, not packing.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from lora_cli.data.collate import blank, collate
 from lora_cli.data.packing import deal, first_fit_decreasing
@@ -21,21 +22,35 @@ class Layout:
     row_length: int | None = None
 
 
-def micro_batches(rows: Rows, layout: Layout, *, rank: int, processes: int) -> list[tuple[int, Batch]]:
+def halved(layout: Layout, rows: Rows) -> Layout | None:
+    """Half the tokens a forward: half the rows, else packed rows half as long; None where a forward is one example.
+
+    Packed rows get no shorter than the longest of `rows`; a longer example, later, has a row of its own.
+    """
+    if layout.micro_batch_size > 1:
+        return replace(layout, micro_batch_size=layout.micro_batch_size // 2)
+    longest = max(len(row.input_ids) for row in rows)
+    if layout.row_length is None or layout.row_length <= longest:
+        return None
+    return replace(layout, row_length=max(longest, layout.row_length // 2))
+
+
+def micro_batches(
+    rows: Rows, layout: Layout, *, rank: int, processes: int, sources: Sequence[str] = ()
+) -> list[tuple[int, Batch]]:
     """This rank's share of a step as (place of its first example in the step, batch).
 
-    Every rank gets the same number of batches, as sharded models need: a rank that runs out repeats an example with
-    no weight.
+    With `sources`, batches tell which tokens are from which of them. Every rank gets the same number of batches, as
+    sharded models need: a rank that runs out repeats an example with no weight.
     """
-    lengths = [len(row.input_ids) for row in rows]
-    shares = [_lines(lengths, share, layout) for share in _shares(lengths, processes, layout)]
-    most = max(map(len, shares))
-    lines = [(line[0], [rows[place] for place in line]) for line in shares[rank]]
-    shortest = lengths.index(min(lengths))
-    lines += [(shortest, [blank(rows[shortest])])] * (most - len(lines))
-    size = layout.micro_batch_size
-    chunks = [lines[i : i + size] for i in range(0, len(lines), size)]
-    return [(chunk[0][0], collate([line for _, line in chunk])) for chunk in chunks]
+    chunks = _chunks(rows, layout, rank, processes)
+    return [(chunk[0][0], collate([line for _, line in chunk], sources)) for chunk in chunks]
+
+
+def examples_of(rows: Rows, layout: Layout, *, rank: int, processes: int) -> list[Rows]:
+    """The examples of each micro-batch of a rank, for messages that name them."""
+    chunks = _chunks(rows, layout, rank, processes)
+    return [[example for _, line in chunk for example in line] for chunk in chunks]
 
 
 def forward_rows(rows: Rows, layout: Layout) -> list[Rows]:
@@ -49,6 +64,18 @@ def filled(rows: Rows, layout: Layout) -> float:
     """The share of the forwards' tokens that is no padding."""
     batches = micro_batches(rows, layout, rank=0, processes=1)
     return sum(len(row.input_ids) for row in rows) / sum(batch["input_ids"].numel() for _, batch in batches)
+
+
+def _chunks(rows: Rows, layout: Layout, rank: int, processes: int) -> list[list[tuple[int, Rows]]]:
+    """The forwards of a rank, each as rows of (place of the first example in the step, examples)."""
+    lengths = [len(row.input_ids) for row in rows]
+    shares = [_lines(lengths, share, layout) for share in _shares(lengths, processes, layout)]
+    most = max(map(len, shares))
+    lines = [(line[0], [rows[place] for place in line]) for line in shares[rank]]
+    shortest = lengths.index(min(lengths))
+    lines += [(shortest, [blank(rows[shortest])])] * (most - len(lines))
+    size = layout.micro_batch_size
+    return [lines[i : i + size] for i in range(0, len(lines), size)]
 
 
 def _shares(lengths: list[int], processes: int, layout: Layout) -> list[list[int]]:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lora_cli.recipe.schema import Training
@@ -40,6 +40,33 @@ def make_schedule(settings: Training, steps: int) -> Schedule:
     return lambda step: factor(step if step <= warmup else step - 1)
 
 
+def optimizer_state(optimizer: Optimizer, parameters: Parameters) -> tuple[dict[str, Tensor], dict[str, dict]]:
+    """The optimizer's state by parameter name: tensors as `<name>/<key>`, plain numbers apart from them."""
+    tensors, scalars = {}, {}
+    for name, parameter in parameters.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                tensors[f"{name}/{key}"] = value.detach().to("cpu", copy=True).contiguous()
+            else:
+                scalars.setdefault(name, {})[key] = value
+    return tensors, scalars
+
+
+def restore_optimizer(
+    optimizer: Optimizer, parameters: Parameters, tensors: Mapping[str, Tensor], scalars: Mapping[str, dict]
+) -> None:
+    """The inverse of `optimizer_state`; state tensors go where their parameter lies (a step counter stays where it was)."""
+    for name, parameter in parameters.items():
+        state = dict(scalars.get(name, {}))
+        for key in (key for key in tensors if key.rpartition("/")[0] == name):
+            tensor = tensors[key]
+            state[key.rpartition("/")[2]] = (
+                tensor if tensor.ndim == 0 and not _fused(optimizer) else tensor.to(parameter.device)
+            )
+        if state:
+            optimizer.state[parameter] = state
+
+
 def _adamw(parameters: list[nn.Parameter], **kwargs) -> Optimizer:
     return torch.optim.AdamW(parameters, fused=True, **kwargs)
 
@@ -51,6 +78,10 @@ def _bitsandbytes(name: str) -> Callable[..., Optimizer]:
         return getattr(bitsandbytes.optim, name)(parameters, **kwargs)
 
     return make
+
+
+def _fused(optimizer: Optimizer) -> bool:
+    return any(group.get("fused") for group in optimizer.param_groups)
 
 
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {

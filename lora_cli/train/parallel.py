@@ -4,13 +4,17 @@ import hashlib
 import logging
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import DistributedType, GradientAccumulationPlugin
 
 from lora_cli.errors import DistributedError, Problem, RecipeError
+from lora_cli.train.optim import Parameters
+
+T = TypeVar("T")
 
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 FIX = "use `distributed_type: MULTI_GPU`, MULTI_CPU or NO (data parallel), or start with `lora train --processes N`"
@@ -60,6 +64,37 @@ def agree(accelerator: Accelerator, values: Mapping[str, object]) -> None:
                 fix="give every machine the same recipe, base and data, and an `output` on a disk that all of them share",
             )
         )
+
+
+def sum_gradients(parameters: Parameters, accelerator: Accelerator) -> None:
+    """Add up the gradients of all processes, in one message.
+
+    An adapter's are small: nothing is gained by sending them while the backward runs, and a process that fails in it
+    leaves no other waiting.
+    """
+    if accelerator.num_processes == 1:
+        return
+    gradients = [parameter.grad for parameter in parameters.values()]
+    summed = accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "sum")
+    for gradient, part in zip(gradients, summed.split([gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
+def on_first(accelerator: Accelerator, act: Callable[[], T]) -> T | None:
+    """What the first process does while the others wait; where it fails, all of them raise."""
+    result, failure = None, None
+    if accelerator.is_main_process:
+        try:
+            result = act()
+        except Exception as error:
+            failure = error
+    failed = accelerator.reduce(torch.tensor(float(failure is not None), device=accelerator.device), "sum").item() > 0
+    if failure is not None:
+        raise failure
+    if failed:
+        fix = "put right what worker 0 names; continue with `--resume`"
+        raise DistributedError(Problem("worker 0 failed to write", fix=fix))
+    return result
 
 
 def local_rank() -> int:

@@ -7,6 +7,7 @@ import os
 import pytest
 import torch
 from layers import PATH, config_of, frozen, inputs
+from running import hashes
 
 from lora_cli.errors import ModelError
 from lora_cli.lora.adapter import Adapter
@@ -14,8 +15,16 @@ from lora_cli.lora.init import INITS
 from lora_cli.lora.inject import inject, lora_layers
 from lora_cli.lora.peft_format import load_adapter
 from lora_cli.recipe.schema import Training
-from lora_cli.train.checkpoint import MANIFEST, OPTIMIZER, STATE, newest_checkpoint, restore, save_checkpoint
-from lora_cli.train.loop import Progress
+from lora_cli.train.checkpoint import (
+    MANIFEST,
+    OPTIMIZER,
+    STATE,
+    newest_checkpoint,
+    restore,
+    save_checkpoint,
+    set_damaged_aside,
+)
+from lora_cli.train.progress import Progress
 from lora_cli.train.optim import make_optimizer
 
 SETTINGS = {"lora.r": 4, "training.learning_rate": 1e-2}
@@ -164,11 +173,12 @@ def test_a_damaged_newest_is_named_and_passed_over(damage, saved, caplog):
     harm(saved / "step-0000003")
 
     with caplog.at_level(logging.WARNING, "lora_cli"):
-        checkpoint = newest_checkpoint(saved)
+        set_damaged_aside(saved)
 
-    assert checkpoint.folder.name == "step-0000002"
+    assert newest_checkpoint(saved).folder.name == "step-0000002"
+    assert names(saved) == ["step-0000001", "step-0000002", "step-0000003.damaged-1"]
     assert [r.getMessage() for r in caplog.records] == [
-        f"{saved / 'step-0000003'} is damaged ({fault}): going back to the one before"
+        f"{saved / 'step-0000003'} is damaged ({fault}): kept as step-0000003.damaged-1, going back to the one before"
     ]
 
 
@@ -177,6 +187,7 @@ def test_where_all_are_damaged_there_is_none(saved, caplog):
         truncate(folder)
 
     assert newest_checkpoint(saved) is None
+    set_damaged_aside(saved)
     assert len(caplog.records) == 3
 
 
@@ -216,24 +227,18 @@ def test_steps_above_seven_digits_are_still_newer(tmp_path):
     assert newest_checkpoint(tmp_path).progress.step == 10_000_000
 
 
-def test_saving_a_step_again_replaces_it_and_leaves_no_draft(saved):
+def test_a_step_that_is_saved_already_stays_and_a_damaged_one_is_written_anew(saved):
     run = Run()
     run.train(3)
+    before = hashes(saved)
 
     run.save(saved)
+    assert hashes(saved) == before
 
-    assert names(saved) == ["step-0000001", "step-0000002", "step-0000003"]
+    truncate(saved / "step-0000003")
+    run.save(saved)
+    assert names(saved) == ["step-0000001", "step-0000002", "step-0000003", "step-0000003.damaged-1"]
     assert newest_checkpoint(saved).progress.step == 3
-
-
-def test_a_draft_that_a_killed_process_left_is_cleared_by_the_next_save(saved):
-    (saved / ".tmp-step-0000004-12345").mkdir()
-    run = Run()
-    run.train(4)
-
-    run.save(saved)
-
-    assert not list(saved.glob(".tmp-*"))
 
 
 def test_other_targets_than_the_checkpoints_are_refused(saved):

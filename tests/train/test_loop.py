@@ -16,7 +16,9 @@ from lora_cli.lora.inject import inject
 from lora_cli.objectives.sft import sft
 from lora_cli.train.events import Evaluated, Finished, Sampled, Saved, Step
 from lora_cli.train.layout import Layout, micro_batches
-from lora_cli.train.loop import Actions, Progress, Settings, train
+from lora_cli.train.loop import Actions, Measured, Parts, Settings, train
+from lora_cli.train.progress import Progress
+from lora_cli.train.ranks import Ranks
 from lora_cli.train.task import Task
 
 TARGETS = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"]
@@ -53,21 +55,23 @@ class Run:
         self.losses = iter(losses)
         self.settings = settings(**changed)
         self.accelerator = accelerator
+        self.stop = False
+        self.rewind = None
 
     def events(self, steps: int = 6, *, sample=None):
-        actions = Actions((lambda: (next(self.losses), 9)) if self.measured else None, sample, self._save)
-        yield from train(
+        actions = Actions((lambda: Measured(next(self.losses), 9)) if self.measured else None, sample, self._save)
+        parts = Parts(
             self.task,
             self.optimizer,
             self.parameters,
-            [(k, rows()) for k in range(self.progress.step, steps)],
-            last_step=steps,
             schedule=lambda step: 1.0,
             settings=self.settings,
-            actions=actions,
-            progress=self.progress,
             accelerator=self.accelerator,
+            ranks=Ranks(self.accelerator, lambda: self.stop),
+            rewind=self.rewind,
         )
+        upcoming = [(k, rows()) for k in range(self.progress.step, steps)]
+        yield from train(parts, upcoming, last_step=steps, actions=actions, progress=self.progress)
 
     def _save(self, progress) -> str:
         self.saved.append(progress.step)
@@ -160,7 +164,7 @@ def kinds(events) -> list[tuple[str, int]]:
 def test_it_measures_before_the_first_step_and_after_the_last_and_saves_at_the_end(accelerator):
     found = kinds(Run(accelerator, losses=[3.0, 2.0]).events(2))
 
-    assert found == [("evaluated", 0), ("step", 1), ("step", 2), ("saved", 2), ("evaluated", 2), ("finished", 2)]
+    assert found == [("evaluated", 0), ("step", 1), ("step", 2), ("evaluated", 2), ("saved", 2), ("finished", 2)]
 
 
 def test_it_measures_and_saves_when_due_and_not_twice_at_the_end(accelerator):
@@ -209,14 +213,14 @@ def test_a_resumed_run_is_not_measured_anew_before_its_first_step(accelerator):
     run = Run(accelerator, losses=[1.0])
     run.progress.step = 4
 
-    assert kinds(run.events(5)) == [("step", 5), ("saved", 5), ("evaluated", 5), ("finished", 5)]
+    assert kinds(run.events(5)) == [("step", 5), ("evaluated", 5), ("saved", 5), ("finished", 5)]
 
 
 def test_a_step_that_is_not_finite_is_told_with_its_rows_and_never_saved(accelerator):
     run = Run(accelerator, rate=1e30, save_steps=1)
 
-    with pytest.raises(DivergedError, match="step 2 has a loss of nan and a gradient norm of nan") as error:
-        list(run.events(4))
+    with pytest.raises(DivergedError, match="step 4 has a loss of nan and a gradient norm of nan") as error:
+        list(run.events(6))
 
     assert run.saved == [1]
     assert error.value.code == 6

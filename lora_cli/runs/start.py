@@ -1,0 +1,58 @@
+"""`lora.start_from`: a new run that begins at the factors of an adapter, with an optimizer that knows nothing of it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lora_cli.errors import ModelError, Problem
+from lora_cli.lora.adapter import Adapter
+from lora_cli.lora.base_files import Fingerprint
+from lora_cli.lora.config import LoRAConfig
+from lora_cli.lora.inject import lora_layers
+from lora_cli.lora.peft_format import load_adapter
+
+
+def start_from(folder: Path, model: nn.Module, config: LoRAConfig, base: Fingerprint, base_folder: Path) -> None:
+    """Copy an adapter's factors into LoRA layers that are in place.
+
+    Raises ModelError where the adapter is of another base, or its layers, ranks or scales are not those of the recipe.
+    """
+    adapter = load_adapter(folder)
+    adapter.check_base(base, base_folder)
+    if problems := list(_misfits(adapter, model, config, str(folder))):
+        raise ModelError(*problems)
+    with torch.no_grad():
+        for path, layer in lora_layers(model).items():
+            factors = adapter.layers[path]
+            layer.lora_A.copy_(factors.A)
+            layer.lora_B.copy_(factors.B)
+            if factors.magnitude is not None:
+                layer.magnitude.copy_(factors.magnitude)
+
+
+def _misfits(adapter: Adapter, model: nn.Module, config: LoRAConfig, where: str) -> Iterator[Problem]:
+    """What tells the adapter's shape from the recipe's, each with the key that mends it."""
+    ours, theirs = set(lora_layers(model)), set(adapter.layers)
+    what = "`lora.start_from` names an adapter"
+    if other := sorted(theirs ^ ours):
+        who = "it changes" if other[0] in theirs else "it does not change"
+        fix = "set `lora.targets` to what it was trained with"
+        yield Problem(f"{what} of other modules: {who} {other[0]}", where=where, fix=fix)
+        return
+    if adapter.config.use_dora != config.use_dora:
+        had = str(adapter.config.use_dora).lower()
+        yield Problem(f"{what} with `use_dora: {had}`", where=where, fix=f"set `lora.use_dora: {had}`")
+    for path in sorted(ours):
+        mine, its = config.at(path), adapter.config.at(path)
+        if mine.r != its.r:
+            fix = f"set `lora.r: {its.r}`"
+            yield Problem(f"{what} of rank {its.r} at {path}, where the recipe has {mine.r}", where=where, fix=fix)
+            return
+        if mine.scale != its.scale:
+            fix = f"set `lora.alpha: {its.lora_alpha:g}` and `lora.use_rslora: {str(its.use_rslora).lower()}`"
+            yield Problem(
+                f"{what} of scale {its.scale:g} at {path}, where the recipe has {mine.scale:g}", where=where, fix=fix
+            )
+            return
