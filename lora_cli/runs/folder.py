@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_cli.durable import DRAFT, replace_file, sweep, sync_path
+from lora_cli.durable import DOOMED, DRAFT, replace_file, sweep, sync_path
 from lora_cli.errors import Problem, StorageError
 from lora_cli.runs import lock
 
@@ -103,13 +103,19 @@ class RunFolder:
         return True
 
     def _vanish(self, made: bool) -> None:
+        sweep(self.path)
+        with suppress(OSError):  # it is not there, or someone has put something in
+            self.checkpoints.rmdir()
         self.lock.unlink(missing_ok=True)
-        if made:
-            with suppress(OSError):  # someone has put something in
+        with suppress(OSError):
+            if made:
                 self.path.rmdir()
 
     def _is_empty(self) -> bool:
-        return not self.path.is_dir() or not any(entry for entry in self.path.iterdir() if entry != self.lock)
+        """Whether no run has begun here: one that was killed before its first file may have left a lock and drafts."""
+        return not self.path.is_dir() or not (_entries(self.path) - {self.lock.name, self.checkpoints.name}) | (
+            _entries(self.checkpoints) if self.checkpoints.is_dir() else set()
+        )
 
 
 @dataclass(frozen=True)
@@ -141,6 +147,10 @@ class Hold:
         fresh.rename(path)
         sync_path(path.parent)
         return aside
+
+
+def _entries(folder: Path) -> set[str]:
+    return {entry.name for entry in folder.iterdir() if not entry.name.startswith((DRAFT, DOOMED))}
 
 
 def write_json(file: Path, content: object) -> None:

@@ -202,12 +202,10 @@ def _snapshot(found: Mapping[str, Tensor], state: Mapping) -> Snapshot:
 def _rotate(checkpoints: Path, keep: int, spare: int | None) -> None:
     whole = 0
     for folder in reversed(_by_step(checkpoints)):
-        if folder.name == folder_name(spare or 0):
-            continue
-        if whole == keep:
+        if whole < keep:
+            whole += fault_of(folder) is None
+        elif folder.name != folder_name(spare or 0):
             remove(folder)
-        elif fault_of(folder) is None:
-            whole += 1
 
 
 def _aside(folder: Path) -> Path:

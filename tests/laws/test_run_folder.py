@@ -162,7 +162,9 @@ def test_early_stopping_stops_when_the_held_out_loss_rises(lora, recipe, tmp_pat
 def test_a_diverged_run_is_exit_6_and_its_last_checkpoint_is_untouched(lora, recipe, tmp_path):
     done = lora("train", recipe({"training.learning_rate": 1e30, "training.save_steps": 1}), code=6)
 
-    assert "error: 3 steps in a row could not be applied: step 4 has a loss of nan and a gradient norm of nan" in done.err
+    assert (
+        "error: 3 steps in a row could not be applied: step 4 has a loss of nan and a gradient norm of nan" in done.err
+    )
     assert "train.jsonl:" in done.err
     assert "Traceback" not in done.err
     out = tmp_path / "out"

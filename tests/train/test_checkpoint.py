@@ -24,8 +24,8 @@ from lora_cli.train.checkpoint import (
     save_checkpoint,
     set_damaged_aside,
 )
-from lora_cli.train.progress import Progress
 from lora_cli.train.optim import make_optimizer
+from lora_cli.train.progress import Progress
 
 SETTINGS = {"lora.r": 4, "training.learning_rate": 1e-2}
 
