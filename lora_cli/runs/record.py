@@ -4,7 +4,6 @@ import json
 import platform
 import sys
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -13,7 +12,7 @@ from lora_cli.data.pipeline import DataReport
 from lora_cli.durable import can_sync
 from lora_cli.runs.folder import RunFolder
 from lora_cli.runs.parts import Run
-from lora_cli.runs.resume import Continuation
+from lora_cli.runs.resume import Continuation, installed
 
 LIBRARIES = ("lora-cli", "torch", "transformers", "accelerate", "datasets", "bitsandbytes", "safetensors")
 
@@ -65,15 +64,8 @@ def machine() -> dict[str, object]:
     return {
         "python": sys.version.split()[0],
         "platform": platform.platform(),
-        "versions": {name: found for name in LIBRARIES if (found := _version(name))},
+        "versions": {name: found for name in LIBRARIES if (found := installed(name))},
         "threads": torch.get_num_threads(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None

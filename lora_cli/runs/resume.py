@@ -11,7 +11,7 @@ Three things are alike and not the same:
 import logging
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
@@ -115,8 +115,16 @@ def comparable(run: Run) -> dict[str, object]:
         "device": run.accelerator.device.type,
         "threads": torch.get_num_threads(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
-        "versions": {name: version(name) for name in LIBRARIES},
+        "versions": {name: installed(name) for name in LIBRARIES},
     }
+
+
+def installed(name: str) -> str | None:
+    """The version of a package, None where it is not installed, as `lora` itself in a clone."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def shared(settings: Mapping[str, object]) -> dict[str, object]:

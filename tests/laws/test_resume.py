@@ -285,15 +285,21 @@ def test_an_adapter_of_another_base_is_no_start(lora, recipe, tmp_path):
 
 BEST = SETTINGS | {
     "training.keep_best": True,
-    "training.learning_rate": 0.3,  # too much, so that it gets worse
     "training.lr_scheduler": "constant",
     "training.max_steps": 8,
+    "data.eval": "others.jsonl",  # unlike the training rows: learning these makes those less likely
     "training.eval_steps": 1,
     "training.save_steps": None,
     "training.keep_checkpoints": 2,
 }
 
 
+@pytest.fixture
+def others(tmp_path):
+    (tmp_path / "others.jsonl").write_text('{"prompt": "7", "completion": "QXZW"}\n' * 3)
+
+
+@pytest.mark.usefixtures("others")
 def test_with_keep_best_the_result_is_the_adapter_of_the_lowest_held_out_loss(lora, recipe, tmp_path):
     done = lora("train", recipe(BEST))
 
@@ -307,6 +313,7 @@ def test_with_keep_best_the_result_is_the_adapter_of_the_lowest_held_out_loss(lo
     assert measured == pytest.approx(min(event["loss"] for event in events(out, "evaluated")[1:]), rel=1e-6)
 
 
+@pytest.mark.usefixtures("others")
 def test_the_best_checkpoint_outlives_the_rotation(lora, recipe, tmp_path):
     lora("train", recipe(BEST | {"training.save_steps": 1}))
 
