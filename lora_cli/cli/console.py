@@ -7,21 +7,20 @@ taken for markup.
 import json
 import logging
 import sys
-import unicodedata
 from collections.abc import Mapping
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lora_cli.wording import bytes_text as bytes_text
+from lora_cli.wording import duration as duration
+from lora_cli.wording import inert as inert
+from lora_cli.wording import number as number
+
 # highlight and markup off: text is data
 out = Console(highlight=False, markup=False, emoji=False)
 err = Console(stderr=True, highlight=False, markup=False, emoji=False)
-
-
-def inert(text: str) -> str:
-    """Foreign text with every control and invisible format character written out, but for line ends and tabs."""
-    return "".join(c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs") else _escaped(c) for c in text)
 
 
 def show(text: str, style: str = "") -> None:
@@ -58,32 +57,6 @@ def show_notices() -> None:
     logger.handlers = [_Notices()]
     logger.setLevel(logging.INFO)
     logger.propagate = False
-
-
-def number(count: float) -> str:
-    return f"{count:,.0f}"
-
-
-def bytes_text(count: float) -> str:
-    """`16.8 MB`: decimal units, as disks and download pages count."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
-
-
-def duration(seconds: float) -> str:
-    """`3 min 20 s`, `2 h 05 min`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s" if seconds < 10 else f"{rest} s"
-
-
-def _escaped(character: str) -> str:
-    return character.encode("unicode_escape", "surrogatepass").decode()
 
 
 class _Notices(logging.Handler):

@@ -32,6 +32,7 @@ def app() -> typer.Typer:
     from lora_cli.cli.generate import generate
     from lora_cli.cli.merge import merge
     from lora_cli.cli.params import params
+    from lora_cli.cli.report import report
     from lora_cli.cli.schema import schema
     from lora_cli.cli.train import train
     from lora_cli.cli.unmerge import unmerge
@@ -51,6 +52,7 @@ def app() -> typer.Typer:
         "data": data,
         "eval": eval_,
         "generate": generate,
+        "report": report,
         "merge": merge,
         "unmerge": unmerge,
         "export": export,

@@ -1,6 +1,7 @@
 """The run as a person watches it: what will be trained, a live line of progress, and what came of it."""
 
 import sys
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Self
 
@@ -8,7 +9,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lora_cli.cli.console import animated, bytes_text, duration, err, inert, note, number, plain_table, show
 from lora_cli.lora.adapter import Adapter
+from lora_cli.runs.diagnosis import Finding
 from lora_cli.runs.parts import Run
+from lora_cli.runs.report import read_report
 from lora_cli.runs.resume import pair
 from lora_cli.train.events import (
     Complete,
@@ -26,6 +29,7 @@ from lora_cli.train.events import (
 )
 from lora_cli.train.layout import Layout
 
+MOST_FINDINGS = 3  # of the diagnosis, at the end
 PLAIN_LINES = 20  # about so many step lines where there is no terminal to animate
 
 
@@ -121,6 +125,9 @@ class Display(AbstractContextManager):
         show(
             f"adapter: {folder}, {number(adapter.parameters)} parameters; read back equal to what was trained; the base is unchanged"
         )
+        for line in diagnosis_lines(read_report(self.run.folder).findings):
+            show(line)
+        show(f"report: {self.run.folder.report}")
         show("")
         show("next:")
         show(f"  lora generate --adapter {folder} --prompt '…'     base and adapter side by side")
@@ -165,6 +172,12 @@ class Display(AbstractContextManager):
         self.first = self.first or step
         done, left = step.step - self.first.step, self.run.plan.steps - step.step
         return f"  {duration((step.seconds - self.first.seconds) / done * left)} left" if done and left else ""
+
+
+def diagnosis_lines(findings: Sequence[Finding]) -> list[str]:
+    """The most pressing findings, one a line; what went well needs no advice."""
+    shown = [finding for finding in findings if finding.level != "good"][:MOST_FINDINGS]
+    return [f"{'!' if finding.level == 'problem' else '·'} {inert(finding.line())}" for finding in shown]
 
 
 def _forward(layout: Layout) -> str:

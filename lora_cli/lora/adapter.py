@@ -24,6 +24,15 @@ class Factors:
     B: Tensor
     magnitude: Tensor | None = None
 
+    def norm(self) -> float:
+        """‖B A‖ = ‖R_B R_Aᵀ‖ with B = Q_B R_B and Aᵀ = Q_A R_A, in float64.
+
+        r × r, and unlike Gram matrices it squares nothing, so that a small update beside a large start that cancels is
+        seen.
+        """
+        A, B = self.A.double(), self.B.double()
+        return float((torch.linalg.qr(B, mode="r").R @ torch.linalg.qr(A.T, mode="r").R.T).norm())
+
     def merge_into(self, W: Tensor, scale: float) -> Tensor:
         """[out, in] float32: the weight that acts like W with this update beside it."""
         return merged_weight(W, self.A, self.B, scale, self.magnitude)
@@ -51,6 +60,10 @@ class Adapter:
     @property
     def parameters(self) -> int:
         return sum(t.numel() for f in self.layers.values() for t in (f.A, f.B, f.magnitude) if t is not None)
+
+    def updates(self) -> dict[str, float]:
+        """‖scale · B A‖ of each layer: how far it moved. DoRA's magnitudes are not in it."""
+        return {path: abs(self.config.at(path).scale) * factors.norm() for path, factors in self.layers.items()}
 
     def inject_into(self, model: nn.Module) -> None:
         """Put this adapter's layers into a model that has none. Raises ModelError for modules that don't fit."""
@@ -159,14 +172,9 @@ def _copy(tensor: Tensor) -> Tensor:
 
 
 def _acts(factors: Factors) -> bool:
-    """Whether B A is more than what its float32 factors round off.
-
-    ‖B A‖ = ‖R_B R_Aᵀ‖ with B = Q_B R_B and Aᵀ = Q_A R_A: r × r, and unlike Gram matrices it squares nothing, so that a
-    small update beside a large start that cancels is seen.
-    """
+    """Whether B A is more than what its float32 factors round off."""
     A, B = factors.A.double(), factors.B.double()
-    product = torch.linalg.qr(B, mode="r").R @ torch.linalg.qr(A.T, mode="r").R.T
-    return bool(product.norm() > torch.finfo(torch.float32).eps * B.norm() * A.norm())
+    return factors.norm() > torch.finfo(torch.float32).eps * float(B.norm() * A.norm())
 
 
 def _finite(tensor: Tensor | None) -> bool:

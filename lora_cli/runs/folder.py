@@ -25,6 +25,18 @@ class RunFolder:
         return self.path / "run.json"
 
     @property
+    def events(self) -> Path:
+        return self.path / "events.jsonl"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def card(self) -> Path:
+        return self.path / "README.md"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
@@ -33,11 +45,12 @@ class RunFolder:
         return self.path / "run.lock"
 
     def read_record(self) -> dict:
-        """run.json; empty where there is none."""
+        """What run.json says; empty where there is none, or none that can be read."""
         try:
-            return json.loads(self.record.read_text())
-        except (OSError, ValueError):
+            found = json.loads(self.record.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
             return {}
+        return found if isinstance(found, dict) else {}
 
     def check_free(self, *, resume: bool, overwrite: bool) -> None:
         """Raise StorageError where a run would meet another one, old or under way, or where there is none to resume."""
@@ -154,5 +167,9 @@ def _entries(folder: Path) -> set[str]:
 
 
 def write_json(file: Path, content: object) -> None:
+    write_text(file, json.dumps(content, indent=2) + "\n")
+
+
+def write_text(file: Path, content: str) -> None:
     """Whole or not at all."""
-    replace_file(file, (json.dumps(content, indent=2) + "\n").encode())
+    replace_file(file, content.encode())

@@ -134,11 +134,12 @@ def shared(settings: Mapping[str, object]) -> dict[str, object]:
 
 def is_complete(run: Run, found: Continuation) -> bool:
     """Whether the run came to its end with nothing changed since, and its adapter lies in the folder."""
-    finished = run.folder.read_record().get("finished", {})
-    if found.changed or finished.get("reason") not in FINAL or finished.get("step") != found.checkpoint.progress.step:
+    record = run.folder.read_record()
+    result, done = record.get("result", {}), found.checkpoint.progress.step
+    if found.changed or result.get("reason") not in FINAL or result.get("step") != done:
         return False
     try:
-        return load_adapter(run.folder.path).digest() == finished.get("adapter")
+        return load_adapter(run.folder.path).digest() == record["adapter"]["sha256"]
     except UserError:
         return False
 

@@ -2,12 +2,12 @@
 
 prepare   recipe -> base, tokenizer, rows, model with LoRA layers, plan       everything that can fail early
 execute   those parts -> the loop's events, checkpoints on the way            `for event in execute(run): …`
-finish    -> PEFT's two files, tokenizer, run.json, read back and checked
+finish    -> PEFT's two files, tokenizer, run.json, page and card, read back and checked
 """
 
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,10 +43,12 @@ from lora_cli.objectives.table import OBJECTIVES
 from lora_cli.recipe.reader import LoadedRecipe, resolved_yaml
 from lora_cli.recipe.schema import Recipe, seconds_of
 from lora_cli.runs.check import check_rows, target_paths
-from lora_cli.runs.folder import RunFolder, write_json
+from lora_cli.runs.folder import RunFolder
+from lora_cli.runs.history import read_history
 from lora_cli.runs.parts import Rows, Run
 from lora_cli.runs.proof_rows import write_proof_rows
-from lora_cli.runs.record import record
+from lora_cli.runs.record import closed, opened, write_record
+from lora_cli.runs.report import told_if_broken_off, write_report
 from lora_cli.runs.resume import LAYOUT, Continuation, comparable, continuation, is_complete, shared
 from lora_cli.runs.rows import load_rows, planned
 from lora_cli.runs.start import start_from
@@ -59,7 +61,7 @@ from lora_cli.train.parallel import agree, local_rank, make_accelerator, on_firs
 from lora_cli.train.progress import Progress
 from lora_cli.train.ranks import Ranks
 from lora_cli.train.rewind import Rewind
-from lora_cli.train.sinks import check_trackers, open_sinks
+from lora_cli.train.sinks import Sink, check_trackers, open_sinks
 from lora_cli.train.task import Task
 
 if TYPE_CHECKING:
@@ -151,18 +153,20 @@ def execute(
         return
     if first:
         replace_file(run.folder.recipe, resolved_yaml(run.loaded).encode())
-        write_json(run.folder.record, record(run, found))
+        write_record(run.folder, opened(run, found))
     events = _events(run, parts, progress, found, settings)
-    sinks = open_sinks(run.recipe.training.trackers, run.folder.path, resumed_at=progress.step if resume else None)
-    with sinks if first else nullcontext([]) as opened:
+    with ExitStack() as stack:
+        sinks = _sinks(run, stack, resumed_at=progress.step if resume else None) if first else []
         for event in events:
-            for sink in opened:
+            for sink in sinks:
                 sink(event)
             yield event
 
 
 def finish(run: Run, finished: Finished) -> Adapter:
-    """Save the adapter and read it back; what was there before stays until it is whole.
+    """Save the adapter, read it back, and write the run's record, its page and its card.
+
+    What was there before stays until the adapter is whole.
 
     Raises for an adapter that does nothing or is not finite, for a base that has changed, and for a file that differs
     from what was trained.
@@ -179,12 +183,16 @@ def finish(run: Run, finished: Finished) -> Adapter:
     write_proof_rows(draft, [row.input_ids for row in (run.rows.held_out or run.rows.train)])
     _check_same(adapter, load_adapter(draft), draft)
     move_into(draft, run.folder.path, last=WEIGHTS)
-    result = {"step": finished.step, "reason": finished.reason, "adapter_step": finished.adapter_step}
-    write_json(
-        run.folder.record,
-        run.folder.read_record() | {"proofs": PROOFS, "finished": result | {"adapter": adapter.digest()}},
-    )
+    history = read_history(run.folder.events)
+    write_record(run.folder, closed(run.folder.read_record(), history, adapter=adapter, proofs=PROOFS))
+    write_report(run.folder)
     return adapter
+
+
+def _sinks(run: Run, stack: ExitStack, *, resumed_at: int | None) -> list[Sink]:
+    """Where events go. What breaks the run off is told on its page, once events.jsonl is closed."""
+    stack.enter_context(told_if_broken_off(run.folder))
+    return stack.enter_context(open_sinks(run.recipe.training.trackers, run.folder.path, resumed_at=resumed_at))
 
 
 def _parts(run: Run, asked_to_stop: Callable[[], bool]) -> Parts:

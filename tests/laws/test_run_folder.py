@@ -33,7 +33,7 @@ def test_the_run_folder_holds_what_the_contract_says(lora, recipe, tmp_path, tin
     names = {path.name for path in out.iterdir()}
     assert names >= {
         "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json",
-        "chat_template.jinja", "recipe.yaml", "run.json", "events.jsonl", "checkpoints", "run.lock", "proof_rows.json",
+        "chat_template.jinja", "recipe.yaml", "run.json", "events.jsonl", "report.html", "README.md", "checkpoints", "run.lock", "proof_rows.json",
     }  # fmt: skip
     assert not [name for name in names if name.startswith(".tmp-")]
     record = json.loads((out / "run.json").read_text())
