@@ -333,9 +333,10 @@ class Training(Block):
         description="Prompts answered at each evaluation, to read what the loss cannot say; each costs a generation.",
         examples=[["What is a hacker?"]],
     )
-    trackers: list[Literal["tensorboard"]] = Field(
+    trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(
         [],
-        description="Where the curves go besides events.jsonl; `tensorboard` needs the extra of that name.",
+        description="Where curves and samples go besides events.jsonl; each needs the extra of its name, and its own "
+        "environment variables say where it writes.",
         examples=[["tensorboard"]],
     )
 

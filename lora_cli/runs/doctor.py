@@ -11,6 +11,7 @@ import torch
 
 from lora_cli.errors import first_line
 from lora_cli.models.load import default_device, has_bfloat16
+from lora_cli.train.trackers import TRACKERS
 
 PACKAGES = (
     "lora-cli",
@@ -21,11 +22,11 @@ PACKAGES = (
     "bitsandbytes",
     "safetensors",
     "gguf",
-    "tensorboard",
+    *TRACKERS,
     "liger-kernel",
     "peft",
 )
-EXTRAS = {"gguf": "pip install 'lora-cli[gguf]'", "tensorboard": "pip install 'lora-cli[tensorboard]'"}
+EXTRAS = {name: f"pip install 'lora-cli[{name}]'" for name in ("gguf", *TRACKERS)}
 
 
 @dataclass(frozen=True)

@@ -4,25 +4,21 @@ Opened before the first step, closed after the last one or by the error that end
 resumed run was before stays in it: its id, and one entry a session.
 """
 
-import json
 import os
 import platform
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
+from datetime import UTC, datetime
+from hashlib import file_digest
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import torch
 
-from lora_cli.data.pipeline import DataReport
-from lora_cli.durable import can_sync
-from lora_cli.runs.folder import RunFolder
-from lora_cli.runs.parts import Run
-from lora_cli.runs.resume import Continuation, installed
-from lora_cli.runs.resume import Continuation, installed
 from lora_cli.data.pipeline import DataReport, epoch_length, steps
 from lora_cli.data.sources import is_path
 from lora_cli.data.texts import token_texts
@@ -91,7 +87,10 @@ def opened(run: Run, resumed: Continuation | None) -> Record:
         "sessions": [*before.get("sessions", []), session],
         "changes": [*before.get("changes", []), *changes],  # of what the run was started with: by key, (then, now)
         "base": {"name": run.base.name, "revision": run.base.revision, "fingerprint": asdict(run.fingerprint)},
-        "tokenizer": {"fingerprint": tokenizer_fingerprint(run.tokenizer), "template": bool(run.tokenizer.chat_template)},
+        "tokenizer": {
+            "fingerprint": tokenizer_fingerprint(run.tokenizer),
+            "template": bool(run.tokenizer.chat_template),
+        },
         "data": _data(run),
         "resolved": {
             "dtype": str(run.dtype).removeprefix("torch."),
@@ -133,12 +132,16 @@ def closed(record: Record, history: History, *, adapter: Adapter, proofs: list[s
     }
 
 
-def broken_off(record: Record, history: History, error: BaseException) -> Record:
+def broken_off(record: Record, history: History, why: Mapping[str, Any]) -> Record:
     """The record of a run that an error or a signal has ended."""
+    return _ended(record) | {"result": _result(history) | why}
+
+
+def why_broken_off(error: BaseException) -> Record:
     why = {"reason": "broken off", "error": type(error).__name__, "exit_code": _exit_code(error)}
     if isinstance(error, UserError):
         why["error"] = redacted("\n".join(map(str, error.problems)))
-    return _ended(record) | {"result": _result(history) | why}
+    return why
 
 
 def merged(record: Record, report: Mapping[str, Any]) -> Record:

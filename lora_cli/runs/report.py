@@ -63,12 +63,16 @@ def told_if_broken_off(folder: RunFolder) -> Iterator[None]:
         raise
     except BaseException as error:
         try:
-            history = read_history(folder.events)
-            records.write_record(folder, records.broken_off(folder.read_record(), history, error))
-            write_report(folder)
+            tell_end(folder, records.why_broken_off(error))
         except Exception as second:  # the first one matters
             log.warning("the report could not be written: %s", first_line(second))
         raise
+
+
+def tell_end(folder: RunFolder, why: Mapping[str, Any]) -> None:
+    """The end of a run before its end, in its record and on its page."""
+    records.write_record(folder, records.broken_off(folder.read_record(), read_history(folder.events), why))
+    write_report(folder)
 
 
 def page(report: Report) -> str:

@@ -47,22 +47,23 @@ from lora_cli.runs.folder import RunFolder
 from lora_cli.runs.history import read_history
 from lora_cli.runs.parts import Rows, Run
 from lora_cli.runs.proof_rows import write_proof_rows
-from lora_cli.runs.record import closed, opened, write_record
-from lora_cli.runs.report import told_if_broken_off, write_report
+from lora_cli.runs.record import Record, closed, opened, write_record
+from lora_cli.runs.report import tell_end, told_if_broken_off, write_report
 from lora_cli.runs.resume import LAYOUT, Continuation, comparable, continuation, is_complete, shared
 from lora_cli.runs.rows import load_rows, planned
 from lora_cli.runs.start import start_from
 from lora_cli.train import auto
 from lora_cli.train.checkpoint import folder_name, restore, save_checkpoint, set_damaged_aside
-from lora_cli.train.events import Complete, Event, Finished, Resumed, Started
+from lora_cli.train.events import Complete, Event, Finished, Interrupted, Resumed, Started
 from lora_cli.train.loop import Actions, Measured, Parts, Settings, train
 from lora_cli.train.optim import make_optimizer, make_schedule
 from lora_cli.train.parallel import agree, local_rank, make_accelerator, on_first
 from lora_cli.train.progress import Progress
 from lora_cli.train.ranks import Ranks
 from lora_cli.train.rewind import Rewind
-from lora_cli.train.sinks import Sink, check_trackers, open_sinks
+from lora_cli.train.sinks import Sink, open_sinks
 from lora_cli.train.task import Task
+from lora_cli.train.trackers import Tracked, check_trackers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -153,14 +154,17 @@ def execute(
         return
     if first:
         replace_file(run.folder.recipe, resolved_yaml(run.loaded).encode())
-        write_record(run.folder, opened(run, found))
+        record = opened(run, found)
+        write_record(run.folder, record)
     events = _events(run, parts, progress, found, settings)
     with ExitStack() as stack:
-        sinks = _sinks(run, stack, resumed_at=progress.step if resume else None) if first else []
+        sinks = _sinks(run, record, stack, resumed_at=progress.step if resume else None) if first else []
         for event in events:
             for sink in sinks:
                 sink(event)
             yield event
+    if first and isinstance(event, Interrupted):
+        tell_end(run.folder, {"reason": "interrupted"})
 
 
 def finish(run: Run, finished: Finished) -> Adapter:
@@ -189,10 +193,12 @@ def finish(run: Run, finished: Finished) -> Adapter:
     return adapter
 
 
-def _sinks(run: Run, stack: ExitStack, *, resumed_at: int | None) -> list[Sink]:
+def _sinks(run: Run, record: Record, stack: ExitStack, *, resumed_at: int | None) -> list[Sink]:
     """Where events go. What breaks the run off is told on its page, once events.jsonl is closed."""
     stack.enter_context(told_if_broken_off(run.folder))
-    return stack.enter_context(open_sinks(run.recipe.training.trackers, run.folder.path, resumed_at=resumed_at))
+    training = run.recipe.training
+    tracked = Tracked(run.folder.path, record["id"], record["settings"], training.log_steps, resumed_at)
+    return stack.enter_context(open_sinks(training.trackers, tracked))
 
 
 def _parts(run: Run, asked_to_stop: Callable[[], bool]) -> Parts:

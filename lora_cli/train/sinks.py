@@ -1,14 +1,13 @@
 """Where events go besides the console: one function a sink, event -> None."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 
 from lora_cli.durable import replace_file, sync
-from lora_cli.errors import Problem, RecipeError
-from lora_cli.train.events import Evaluated, Event, Sampled, Saved, Step
+from lora_cli.train.events import Event, Saved
+from lora_cli.train.trackers import Tracked, open_tracker
 
 Sink = Callable[[Event], None]
 
@@ -16,26 +15,22 @@ EVENTS = "events.jsonl"
 OF_SESSIONS = ("started", "resumed", "interrupted", "finished")
 
 
-def check_trackers(names: list[str]) -> None:
-    """Raise RecipeError for a tracker whose package is missing: before a run loads anything."""
-    if "tensorboard" in names and find_spec("tensorboard") is None:
-        what = "`training.trackers: [tensorboard]` needs the package `tensorboard`"
-        raise RecipeError(Problem(what, fix="pip install 'lora-cli[tensorboard]', or leave the tracker out"))
-
-
 @contextmanager
-def open_sinks(names: list[str], folder: Path, *, resumed_at: int | None = None) -> Iterator[list[Sink]]:
-    """events.jsonl in the run folder, and the trackers that the recipe names.
-
-    What they have from behind the step that a run resumes at is dropped: it comes again.
-    """
+def open_sinks(trackers: Sequence[str], run: Tracked) -> Iterator[list[Sink]]:
+    """events.jsonl in the run folder, and the trackers that the recipe names."""
     with ExitStack() as stack:
-        yield [stack.enter_context(SINKS[name](folder, resumed_at)) for name in ["jsonl", *names]]
+        yield [
+            stack.enter_context(_jsonl(run.folder, run.resumed_at)),
+            *(stack.enter_context(open_tracker(name, run)) for name in dict.fromkeys(trackers)),
+        ]
 
 
 @contextmanager
 def _jsonl(folder: Path, resumed_at: int | None) -> Iterator[Sink]:
-    """One JSON object a line, flushed as it happens, and forced to disk with each checkpoint."""
+    """One JSON object a line, flushed as it happens, and forced to disk with each checkpoint.
+
+    What it has from behind the step that a run resumes at is dropped: it comes again.
+    """
     path = folder / EVENTS
     if resumed_at is not None and path.is_file():
         replace_file(path, "".join(_until(path.read_text().splitlines(keepends=True), resumed_at)).encode())
@@ -72,29 +67,3 @@ def _parsed(line: str) -> dict | None:
         return json.loads(line) if line.endswith("\n") else None
     except ValueError:
         return None
-
-
-@contextmanager
-def _tensorboard(folder: Path, resumed_at: int | None) -> Iterator[Sink]:
-    from torch.utils.tensorboard import SummaryWriter
-
-    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=None if resumed_at is None else resumed_at + 1)
-
-    def write(event: Event) -> None:
-        match event:
-            case Step():
-                for name in ("loss", "lr", "grad_norm", "tokens_per_second"):
-                    writer.add_scalar(f"train/{name}", getattr(event, name), event.step)
-            case Evaluated():
-                writer.add_scalar("eval/loss", event.loss, event.step)
-            case Sampled():
-                for prompt, answer in event.samples.items():
-                    writer.add_text(prompt, answer, event.step)
-
-    try:
-        yield write
-    finally:
-        writer.close()
-
-
-SINKS = {"jsonl": _jsonl, "tensorboard": _tensorboard}

@@ -124,3 +124,12 @@ def test_a_run_that_cannot_start_leaves_no_record(lora, recipe, tmp_path):
     lora("train", recipe({"model.base": "./nowhere"}), code=4)
 
     assert "out/run.json" not in hashes(tmp_path)
+
+
+def test_a_run_with_a_missing_tracker_ends_before_it_begins(lora, recipe, monkeypatch, tmp_path):
+    monkeypatch.setattr("lora_cli.train.trackers.find_spec", lambda name: None)
+
+    done = lora("train", recipe({"training.trackers": ["trackio"]}), code=2)
+
+    assert "`training.trackers: [trackio]` needs the package `trackio`" in done.err
+    assert not (tmp_path / "out").exists()
