@@ -33,12 +33,16 @@ def export(
     from lora_cli.cli.console import show_json
     from lora_cli.errors import Problem, RecipeError
     from lora_cli.export.table import EXPORTERS, PeftReport
+    from lora_cli.runs.folder import RunFolder
+    from lora_cli.runs.report import tell_merge
 
     if to not in EXPORTERS:
         raise RecipeError(Problem(f"`--to` knows no format {to!r}", fix=f"take one of {', '.join(EXPORTERS)}"))
     order = read_order(adapter, to, base=base, out=out, dtype=dtype, data=data, allow_base_mismatch=allow_base_mismatch)
     with weights_bar("exporting", then="proving") as progress:
         report = EXPORTERS[to](order, progress)
+    if not isinstance(report, PeftReport):
+        tell_merge(RunFolder(adapter), report.as_dict())
     if as_json:
         show_json(report.as_dict())
     elif isinstance(report, PeftReport):

@@ -35,12 +35,15 @@ def merge(
     """
     from lora_cli.cli.console import show_json
     from lora_cli.export.table import export_merged
+    from lora_cli.runs.folder import RunFolder
+    from lora_cli.runs.report import tell_merge
 
     order = read_order(
         adapter, "merged", base=base, out=out, dtype=dtype, data=data, allow_base_mismatch=allow_base_mismatch
     )
     with weights_bar("merging", then="proving") as progress:
         report = export_merged(order, progress)
+    tell_merge(RunFolder(adapter), report.as_dict())
     if as_json:
         show_json(report.as_dict())
     else:

@@ -23,7 +23,8 @@ JUDGED_STEPS = 20  # a curve of fewer is noise
 NOTICEABLE = 0.01  # share of a loss: smaller changes are not talked about
 SPIKE = 20  # times the median gradient norm around it
 JUMP = 0.5  # nats above the median loss around it
-WINDOW = 25  # steps that count as around
+WINDOW = 25  # steps before and after that count as around
+STRIDE = 10  # steps that share what is around them
 PADDED = 0.3  # share of the computed tokens
 CUT = 0.05  # share of the rows
 ROOM = 0.4  # of a device's memory: below it, there is room to spend
@@ -552,18 +553,17 @@ def _went_well(c: Curves) -> Finding | None:
 def _leaps(c: Curves) -> list[int]:
     """Steps whose loss or gradient norm is far above that of the steps around, warm-up left out."""
     norms = dict(c.history.curve("grad_norm"))
-    losses = dict(c.losses)
-    numbers = list(losses)
-    warmup = int((number(c.setting("training.warmup_ratio", 0)) or 0) * len(numbers))
+    warmup = int((number(c.setting("training.warmup_ratio", 0)) or 0) * len(c.losses))
     found = []
-    for place, step in enumerate(numbers):
-        around = numbers[max(0, place - WINDOW) : place + WINDOW + 1]
-        usual = median(losses[near] for near in around)
-        scatter = 1.48 * median(abs(losses[near] - usual) for near in around)
-        known = [norms[near] for near in around if near in norms]
-        leapt = losses[step] - usual > max(JUMP, 8 * scatter)
-        if place >= warmup and (leapt or (known and norms.get(step, 0) > SPIKE * median(known) > 0)):
-            found.append(step)
+    for start in range(0, len(c.losses), STRIDE):
+        around = c.losses[max(0, start - WINDOW) : start + STRIDE + WINDOW]
+        usual = median(loss for _, loss in around)
+        scatter = 1.48 * median(abs(loss - usual) for _, loss in around)  # the deviation of what is spread normally
+        known = [norms[step] for step, _ in around if step in norms]
+        highest = SPIKE * median(known) if known else 0.0
+        for step, loss in c.losses[max(start, warmup) : start + STRIDE]:
+            if loss - usual > max(JUMP, 8 * scatter) or norms.get(step, 0.0) > highest > 0:
+                found.append(step)
     return found
 
 

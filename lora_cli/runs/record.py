@@ -69,6 +69,8 @@ ENVIRONMENT = (
 # Flags that loosen a promise: what they allow is said in the record, on the page and on the card
 LOOSENING = ("--allow-base-mismatch", "--allow-change", "--trust-remote-code")
 
+OF_MERGE = ("out", "base", "tensors", "bytes", "dtypes", "lost", "unmoved_share", "base_differences", "untied", "proof")
+
 LARGEST_DIGESTED = 256_000_000  # bytes of a data file whose digest is taken
 MEASURED_STEPS = 5  # whose padding is measured
 SHOWN_TOKENS = 160  # of the example row
@@ -144,10 +146,12 @@ def why_broken_off(error: BaseException) -> Record:
     return why
 
 
-def merged(record: Record, report: Mapping[str, Any]) -> Record:
-    """The record with what `lora merge` said; a second merge to the same place replaces the first."""
-    others = [entry for entry in record.get("merges", []) if entry.get("out") != report["out"]]
-    return record | {"merges": redacted([*others, {"at": _now(), **report}])}
+def merged(record: Record, merge: Mapping[str, Any]) -> Record:
+    """The record with what `lora merge` found; a merge to the same place takes the place of the one before."""
+    said = {"at": _now(), "command": _command(), **{key: merge[key] for key in OF_MERGE}}
+    others = [entry for entry in record.get("merges", []) if entry.get("out") != merge["out"]]
+    loosened = sorted({*record.get("loosened", []), *loosened_by_command()})
+    return record | {"merges": [*others, redacted(said)], "loosened": loosened}
 
 
 def write_record(folder: RunFolder, record: Record) -> None:

@@ -14,12 +14,12 @@ from hashlib import sha256
 from importlib.resources import files
 from typing import Any
 
-from lora_cli.errors import first_line
+from lora_cli.errors import StorageError, first_line
 from lora_cli.runs import record as records
 from lora_cli.runs.card import write_card
 from lora_cli.runs.charts import Chart, charts_of
 from lora_cli.runs.diagnosis import Finding, diagnose
-from lora_cli.runs.facts import facts
+from lora_cli.runs.facts import facts, get
 from lora_cli.runs.folder import RunFolder, write_text
 from lora_cli.runs.history import History, read_history
 from lora_cli.wording import inert
@@ -52,6 +52,24 @@ def write_report(folder: RunFolder) -> Report:
     write_text(folder.report, page(report))
     write_card(folder, report.record, report.history)
     return report
+
+
+def tell_merge(folder: RunFolder, merge: Mapping[str, Any]) -> bool:
+    """Add a merge of this run's adapter to its record, its page and its card; `merge` is a MergeReport as JSON has it.
+
+    False, and nothing is written, where the folder is no finished run of that adapter, or not ours to write to.
+    """
+    record = records.read_record(folder)
+    if get(record, "adapter", "sha256") != merge["adapter_sha256"]:
+        return False
+    try:
+        with folder.locked():
+            records.write_record(folder, records.merged(record, merge))
+            write_report(folder)
+    except (OSError, StorageError) as error:
+        log.info("the merge is not on the run's page: %s", first_line(error))
+        return False
+    return True
 
 
 @contextmanager

@@ -2,15 +2,17 @@
 
 import json
 import re
+import shutil
 from base64 import b64encode
 from hashlib import sha256
 from html.parser import HTMLParser
 
 import pytest
-from running import events, write_recipe
+from running import events, hashes, write_recipe
 
 from lora_cli.runs.folder import RunFolder
-from lora_cli.runs.report import write_report
+from lora_cli.runs.record import OF_MERGE
+from lora_cli.runs.report import tell_merge, write_report
 
 SETTINGS = {
     "training.max_steps": 6,
@@ -235,6 +237,36 @@ def test_a_resumed_run_is_reported_whole(lora, recipe, tmp_path):
     assert [session["from_step"] for session in record["sessions"]] == [0, 6]
     assert all(session["started"] <= session["ended"] for session in record["sessions"])
     assert record["result"]["steps"] == 6
+
+
+def test_a_merge_is_told_on_the_page_and_the_card(lora, recipe, tmp_path):
+    lora("train", recipe())
+    out = tmp_path / "out"
+
+    for _ in range(2):  # a second merge to the same place takes the place of the first
+        lora("merge", "--adapter", out, "--out", tmp_path / "merged")
+        shutil.rmtree(tmp_path / "merged")
+
+    [merge] = json.loads((out / "run.json").read_text())["merges"]
+    assert merge["proof"]["same_top1"] == 1.0
+    said = f"{tmp_path / 'merged'}"
+    assert said in " ".join(Page((out / "report.html").read_text(encoding="utf-8")).text)
+    assert said in (out / "README.md").read_text(encoding="utf-8")
+    assert json.loads((out / "run.json").read_text())["result"]["steps"] == 4
+
+
+def test_a_merge_of_another_adapter_or_under_a_lock_changes_nothing(copy):
+    record = json.loads(copy.record.read_text())
+    merge = {"adapter_sha256": record["adapter"]["sha256"], "out": "x"} | dict.fromkeys(OF_MERGE)
+    before = hashes(copy.path)
+
+    assert not tell_merge(copy, merge | {"adapter_sha256": "another"})
+    assert not tell_merge(RunFolder(copy.path / "nowhere"), merge)
+    with RunFolder(copy.path).locked():
+        assert not tell_merge(copy, merge)
+        assert {**hashes(copy.path), "run.lock": ""} == {**before, "run.lock": ""}
+
+    assert tell_merge(copy, merge)
 
 
 def test_lora_report_writes_it_again(lora, trained, copy):
