@@ -61,7 +61,7 @@ def charts_of(history: History) -> list[Chart]:
         for place, (name, points) in enumerate(history.sources().items())
     ]
     found = [
-        steps("Loss", "nats a token", losses, format=compact),
+        steps("Loss", "nats a token", losses, format=compact, wide=True),
         steps("Loss by source", "nats a token", sources if len(sources) > 1 else [], format=compact),
         *(
             steps(name, "held-out rows", _with_dots(name, history.evaluated(name)), format=compact)
@@ -73,6 +73,7 @@ def charts_of(history: History) -> list[Chart]:
             "before clipping",
             curve_lines("norm", "train", history.curve("grad_norm")),
             format=compact,
+            wide=True,
         ),
         steps(
             "Throughput",
@@ -85,12 +86,14 @@ def charts_of(history: History) -> list[Chart]:
     return [each for each in found if each]
 
 
-def chart(title: str, note: str, lines: Sequence[Line], *, last: int, format: Format, digits: int = 4) -> Chart | None:
-    """None where no line has a point."""
+def chart(
+    title: str, note: str, lines: Sequence[Line], *, last: int, format: Format, digits: int = 4, wide: bool = False
+) -> Chart | None:
+    """None where no line has a point. `wide` figures, which may span decades, are drawn by their logarithm if they do."""
     lines = [line for line in lines if line.points]
     if not lines:
         return None
-    scale, ticks = _scale(lines)
+    scale, ticks = _scale(lines, wide)
     last = max(last, 1)
     low, high = scale(ticks[0]), scale(ticks[-1])
     drawn = [_drawn(line, last, lambda value: (high - scale(value)) / (high - low)) for line in lines]
@@ -129,11 +132,11 @@ def ticks_of(low: float, high: float) -> list[float]:
     return [step * place for place in range(first, last + 1)]
 
 
-def _scale(lines: Sequence[Line]) -> tuple[Callable[[float], float], list[float]]:
+def _scale(lines: Sequence[Line], wide: bool) -> tuple[Callable[[float], float], list[float]]:
     """Straight or logarithmic, with its ticks. Single values of a raw curve may leave the plot."""
     values = [value for line in lines for value in _within(line)]
     low, high = min(values), max(values)
-    if low > 0 and high / low > WIDE:
+    if wide and low > 0 and high / low > WIDE:
         powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         return lambda value: math.log10(max(value, 1e-300)), [10.0**power for power in powers]
     if low >= 0 and low < 0.35 * high:

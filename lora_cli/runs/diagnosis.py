@@ -353,13 +353,13 @@ def eval_too_rare(c: Curves) -> Finding | None:
     last = c.held_out[-1][1]
     gap = last - c.end
     wide = gap > max(0.3 * last, 0.3) and (c.epochs or 0) > 1.5
-    every = _round_number(max(5, c.steps // 10))
+    every = _round_number(max(5, c.steps // 8))
     more = f", and the training loss ends {gap:.2f} below it, at {c.end:.2f}" if wide else ""
     return Finding(
         "eval_too_rare",
         "hint",
         "it may over-fit" if wide else "too few evaluations to see a curve",
-        f"the held-out loss was measured {len(c.held_out)} times{more}",
+        f"the held-out loss was measured {len(c.held_out)} times in {c.steps:,} steps{more}",
         "Evaluate on the way, to see where the held-out loss turns.",
         (f"training.eval_steps={every}",),
     )

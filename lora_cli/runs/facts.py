@@ -82,7 +82,7 @@ def tiles(record: Mapping[str, Any], history: History) -> list[tuple[str, str, s
         tiles.append(("training loss", f"{smooth[-1][1]:.3f}", f"from {smooth[0][1]:.3f}"))
     trainable, base = (number(get(record, "parameters", key)) for key in ("trainable", "base"))
     if trainable and base:
-        tiles.append(("trained parameters", compact(trainable), f"{trainable / (trainable + base):.2%} of the model"))
+        tiles.append(("parameters", compact(trainable), f"{trainable / (trainable + base):.2%} are trained"))
     seconds = number(get(record, "result", "seconds")) or (history.curve("seconds") or [(0, 0.0)])[-1][1]
     if seconds:
         tiles.append(("time", duration(seconds), f"{history.last_step:,} steps"))

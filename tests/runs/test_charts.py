@@ -21,8 +21,8 @@ def test_ticks_are_even_and_hold_the_values(low, high):
     assert max(gaps) == pytest.approx(min(gaps))
 
 
-def drawn(points, look="train", last=None):
-    return chart("t", "", [Line("a", look, points)], last=last or points[-1][0], format=str)
+def drawn(points, **options):
+    return chart("t", "", [Line("a", "train", points)], last=points[-1][0], format=str, **options)
 
 
 def test_the_curve_lies_in_its_plot():
@@ -32,10 +32,12 @@ def test_the_curve_lies_in_its_plot():
 
 
 def test_what_spans_decades_is_drawn_by_its_logarithm():
-    found = drawn([(0, 1.0), (1, 10.0), (2, 100.0)])
+    points = [(0, 1.0), (1, 10.0), (2, 100.0)]
+    found = drawn(points, wide=True)
 
     assert found.y_labels == ("100.0", "10.0", "1.0")
     assert found.lines[0].path == f"M0 {SIZE}L{SIZE // 2} {SIZE // 2}L{SIZE} 0"
+    assert drawn(points).y_labels[-1] == "0.0"
 
 
 def test_a_spike_survives_in_a_line_of_many_points():
