@@ -7,6 +7,8 @@ from importlib.metadata import version
 import pytest
 from running import hashes
 
+from lora_cli.runs.record import ENVIRONMENT
+
 CANARIES = {
     "HF_TOKEN": "hf_canaryCanaryCanary0001",
     "WANDB_API_KEY": "canary0002canary0002canary0002",
@@ -71,6 +73,7 @@ def test_the_example_is_a_row_as_it_is_trained(record):
 def test_no_secret_of_the_environment_is_written_or_printed(lora, recipe, tmp_path, monkeypatch):
     for name, value in CANARIES.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", CANARIES["HF_TOKEN"])  # in a place that the record repeats
     settings = {"training.trackers": ["tensorboard"], "training.sample_prompts": ["what"], "data.eval": "25%"}
 
     done = lora("train", recipe(settings), "--set", f"output={tmp_path / 'out'}")
@@ -80,6 +83,12 @@ def test_no_secret_of_the_environment_is_written_or_printed(lora, recipe, tmp_pa
     assert len(files) > 10
     seen = [done.out, done.err, failed.out, failed.err, *(file.read_bytes().decode("latin-1") for file in files)]
     assert not [value for value in CANARIES.values() if any(value in text for text in seen)]
+
+
+def test_of_the_environment_only_what_is_listed_is_written(record, monkeypatch):
+    monkeypatch.setenv("ANOTHER_VARIABLE", "plain")
+
+    assert set(record()["environment"]) <= set(ENVIRONMENT)
 
 
 def test_a_secret_on_the_command_line_is_hidden(monkeypatch):
