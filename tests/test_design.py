@@ -127,7 +127,7 @@ def test_every_config_names_the_schema_for_editors(path):
 @pytest.mark.parametrize("path", sorted(LAUNCH.rglob("*.yaml")), ids=name_of)
 def test_every_launch_profile_is_one_that_lora_train_takes(path, monkeypatch):
     started = []
-    monkeypatch.setattr("lora_cli.cli.launch._launch", lambda processes, settings: started.append(processes))
+    monkeypatch.setattr("lora_cli.cli.launch._launch", lambda processes, *_: started.append(processes))
 
     run_as_workers(2 if path.stem == "ddp" else None, str(path))
 

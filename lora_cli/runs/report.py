@@ -22,6 +22,7 @@ from lora_cli.runs.diagnosis import Finding, diagnose
 from lora_cli.runs.facts import facts, get
 from lora_cli.runs.folder import RunFolder, write_text
 from lora_cli.runs.history import History, read_history
+from lora_cli.runs.lock import locked
 from lora_cli.wording import inert
 
 log = logging.getLogger(__name__)
@@ -59,11 +60,11 @@ def tell_merge(folder: RunFolder, merge: Mapping[str, Any]) -> bool:
 
     False, and nothing is written, where the folder is no finished run of that adapter, or not ours to write to.
     """
-    record = records.read_record(folder)
+    record = folder.read_record()
     if get(record, "adapter", "sha256") != merge["adapter_sha256"]:
         return False
     try:
-        with folder.locked():
+        with locked(folder.lock):
             records.write_record(folder, records.merged(record, merge))
             write_report(folder)
     except (OSError, StorageError) as error:
