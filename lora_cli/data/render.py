@@ -7,7 +7,9 @@ A conversation is rendered turn by turn, as it will be at inference:
 
 The answer and its stop token are trained. The next prompt continues the same example if its tokens begin with what is
 there already. If they do not (templates that drop earlier reasoning, a token that reaches over a border), it begins a
-new example: so what stands before a trained answer is always, token by token, what inference will put there.
+new example: so what stands before a trained answer is always, token by token, what inference will put there. Where a
+template moves a part of the prompt once it is answered (Mistral Nemo's system text), `whole` does not begin with
+`prompt`; the answer is then cut out of it, and put behind the prompt of inference.
 
 `train_on` (`data.train_on`) says what is trained: `answers`; the `last` one of a conversation; or `all` tokens up to
 the last answer, each in the first example that has it.
@@ -15,13 +17,14 @@ the last answer, each in the first example that has it.
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
 from lora_cli.data.sources import quote
-from lora_cli.data.types import BadRow, Conversation, Example, Instruction, Item, Message, RowId, Span, Text
+from lora_cli.data.types import BadRow, Conversation, Example, Instruction, Item, Message, PromptForm, RowId, Span, Text
 from lora_cli.errors import ModelError, Problem
 
 if TYPE_CHECKING:
@@ -79,15 +82,24 @@ class Renderer:
         """The tokens before the assistant's next turn."""
         return self._encode(self._template(messages, tools, add_generation_prompt=True))
 
-    def prompt_of(self, question: str, format: str | None) -> list[int]:
-        """The tokens before the answer to a question, as rows of `format` (None: not known) are rendered."""
-        if format in ("text", "completion", "template", "tokens"):
-            return self.text_prompt(question)
+    def prompt_of(self, question: str, form: PromptForm) -> list[int]:
+        """The tokens before the answer to a question, as training rendered its rows."""
+        if form.is_text:
+            return self.text_prompt(form.filled(question))
         if self.has_template:
             return self.chat_prompt([Message("user", question, train=False)])
-        if format == "alpaca":
+        if form.format == "alpaca":
             return self.text_prompt(as_text(Instruction(question, "", "")).spans[0].text)
         return self.text_prompt(question)
+
+    def stop_ids(self, form: PromptForm) -> set[int]:
+        """The tokens that end an answer: the tokenizer's end token, and the one that the chat template trains."""
+        ids = {self.tokenizer.eos_token_id}
+        if self.has_template and not form.is_text:
+            talk = (Message("user", "?", train=False), Message("assistant", "!", train=True))
+            with suppress(BadRow, ModelError):  # a template of another kind; its rows say what is wrong with it
+                ids.add(self._turn(talk, ())[1][-1])
+        return ids
 
     def text_prompt(self, text: str) -> list[int]:
         """The tokens of a text that is to be continued, with the BOS that the tokenizer puts before it, once."""
@@ -131,27 +143,43 @@ class Renderer:
             raise BadRow("the conversation begins with an answer, so it has no prompt", fix="begin with a user turn")
         before = self._template(messages[:-1], tools, add_generation_prompt=True)
         whole = self._template(messages, tools)
-        if not whole.startswith(before):
-            raise ModelError(_not_a_prefix(before, whole))
+        written = whole[len(before) :] if whole.startswith(before) else self._moved(messages, tools, before, whole)
         prompt = self._encode(before)
-        answer = self._continue(prompt, before, whole)
-        stop = self._stop(answer, whole[len(before) :], messages[-1].content)
+        answer = self._continue(prompt, before, before + written)
+        stop = self._stop(answer, written, messages[-1])
         weights = self._marked(messages, tools, prompt + answer)[len(prompt) :][:stop] if self.tagged else [1.0] * stop
         if 1.0 not in weights:
-            raise ModelError(_marks_nothing(whole[len(before) :]))
+            raise ModelError(_marks_nothing(written))
         last = stop - weights[::-1].index(1.0)  # marks may end before the stop token, which is trained in any case
         return prompt, answer[:stop], weights[:last] + [1.0] * (stop - last)
 
-    def _stop(self, answer: list[int], text: str, content: str) -> int:
+    def _moved(self, messages: Sequence[Message], tools: Tools, before: str, whole: str) -> str:
+        """What the template writes for the last turn, where `whole` tells what stands before it in another way.
+
+        It begins where two answers begin to differ. ModelError unless what stands there since the turn before is what
+        inference puts there.
+        """
+        others = [self._template([*messages[:-1], replace(messages[-1], content=said)], tools) for said in ("a", "b")]
+        shared = others[0][: _same_start(*others)]
+        asked = messages[-2].content.strip()
+        since = before[before.rfind(asked) :] if asked and asked in before else before
+        if shared in others or not whole.startswith(shared) or not shared.endswith(since):
+            raise ModelError(_not_a_prefix(before, whole))
+        return whole[len(shared) :]
+
+    def _stop(self, answer: list[int], text: str, message: Message) -> int:
         """The number of tokens up to and with the stop token: the first special one that the template writes after the
         content, behind which only special tokens and white space stand."""
         end = len(answer)
         while end and (answer[end - 1] in self.special or not self._decode(answer[end - 1 : end]).strip()):
             end -= 1
         special = [place for place in range(end, len(answer)) if answer[place] in self.special]
-        said = content.strip()
-        if said and said in text:  # special tokens that the content itself ends with are no stop tokens
+        said = message.content.strip()
+        if said and said in text:
             tail = text.rpartition(said)[2]
+            if "tool_calls" not in message.fields:
+                self._nothing_behind_the_stop(tail)
+            # special tokens that the content itself ends with are no stop tokens
             of_template = sum(id in self.special for id in self._encode(tail))
             special = special[max(0, len(special) - of_template) :]
         if not special:
@@ -163,6 +191,20 @@ class Renderer:
                 )
             )
         return special[0] + 1
+
+    def _nothing_behind_the_stop(self, tail: str) -> None:
+        """ModelError where text stands behind the first special token after the content, as in templates that always
+        ask for the next answer: what ends an answer would be anybody's guess."""
+        ids = self._encode(tail)
+        first = next((place for place, id in enumerate(ids) if id in self.special), len(ids))
+        if self._decode([id for id in ids[first:] if id not in self.special]).strip():
+            raise ModelError(
+                Problem(
+                    "the chat template writes more behind the stop token of an answer, so what ends an answer is not clear",
+                    line=quote(tail),
+                    fix="use a tokenizer whose template asks for an answer only where `add_generation_prompt` is true",
+                )
+            )
 
     def _marked(self, messages: Sequence[Message], tools: Tools, ids: list[int]) -> list[float]:
         """1 for the tokens that the template's `{% generation %}` blocks hold.
@@ -279,12 +321,16 @@ def _all_trained(tokens: Sequence[tuple[list[int], list[float]]]) -> list[tuple[
     """Every token with its weight, or 1 where it has none, but not again what the example before begins with too."""
     found, before = [], list[int]()
     for input_ids, weights in tokens:
-        pairs = enumerate(zip(before, input_ids, strict=False))
-        same = next((place for place, (a, b) in pairs if a != b), min(len(before), len(input_ids)))
-        known = max(1, same)  # nothing stands before the first token that could predict it
+        known = max(1, _same_start(before, input_ids))  # nothing stands before the first token that could predict it
         found.append((input_ids, [0.0] * known + [weight or 1.0 for weight in weights[known:]]))
         before = input_ids
     return found
+
+
+def _same_start(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """How many items both begin with alike."""
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((place for place, (one, other) in pairs if one != other), min(len(a), len(b)))
 
 
 def as_conversation(item: Instruction) -> Conversation:
@@ -311,9 +357,7 @@ def _marks_nothing(answer: str) -> Problem:
 
 
 def _not_a_prefix(before: str, whole: str) -> Problem:
-    same = next(
-        (i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), min(len(before), len(whole))
-    )
+    same = _same_start(before, whole)
     return Problem(
         "the chat template does not begin an answer with its own generation prompt, so training would not see what "
         "inference puts there",

@@ -11,6 +11,10 @@ from typing import Any, NotRequired, TypedDict
 
 from torch import Tensor
 
+from lora_cli.errors import Problem, RecipeError
+from lora_cli.recipe.document import shown
+from lora_cli.recipe.template import how_to_ask, prompt_text
+
 IGNORE = -100  # the label of a position that is not trained: torch's and transformers' own value
 
 
@@ -89,6 +93,32 @@ class Tokens:
 
 
 Item = Conversation | Instruction | Text | Tokens
+
+
+@dataclass(frozen=True)
+class PromptForm:
+    """How training rendered the rows that a bare question is to be asked like: their format, None where it is not known,
+    and the `data.template` that they went through."""
+
+    format: str | None = None
+    template: str | None = None
+
+    @property
+    def is_text(self) -> bool:
+        """Whether no chat template touched the rows."""
+        return self.format in ("text", "completion", "template", "tokens")
+
+    def filled(self, prompt: str) -> str:
+        """The prompt as a row would be written before its answer. Raises RecipeError where the template has no place for it."""
+        if self.format != "template" or self.template is None:
+            return prompt
+        try:
+            return prompt_text(self.template, prompt)
+        except ValueError as error:
+            raise RecipeError(Problem(str(error), line=shown(prompt), fix=how_to_ask(self.template))) from error
+
+
+UNKNOWN_FORM = PromptForm()
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lora_cli.data.render import Renderer
+from lora_cli.data.types import UNKNOWN_FORM, PromptForm
 from lora_cli.errors import ModelError, Problem
 
 if TYPE_CHECKING:
@@ -17,12 +18,12 @@ def answer(
     tokenizer: "PreTrainedTokenizerBase",
     prompts: Sequence[str],
     *,
-    format: str | None = None,
+    form: PromptForm = UNKNOWN_FORM,
     max_new_tokens: int = 96,
     batch_size: int = 8,
     between: Callable[[], None] = lambda: None,
 ) -> dict[str, str]:
-    """The greedy answer to each prompt, which is rendered as training rendered its rows: `format` is theirs.
+    """The greedy answer to each prompt, which is rendered as training rendered its rows: `form` is theirs.
 
     `between` is called after each token; what it raises ends the answers.
     """
@@ -32,7 +33,7 @@ def answer(
     try:
         for i in range(0, len(prompts), batch_size):
             batch = prompts[i : i + batch_size]
-            found = _generate(model, tokenizer, batch, format, max_new_tokens, between)
+            found = _generate(model, tokenizer, batch, form, max_new_tokens, between)
             answers |= dict(zip(batch, found, strict=True))
     finally:
         model.train(training)
@@ -40,10 +41,10 @@ def answer(
 
 
 def _generate(
-    model, tokenizer, prompts: Sequence[str], format: str | None, max_new_tokens: int, between: Callable[[], None]
+    model, tokenizer, prompts: Sequence[str], form: PromptForm, max_new_tokens: int, between: Callable[[], None]
 ) -> list[str]:
     renderer = Renderer(tokenizer)
-    rows = [renderer.prompt_of(prompt, format) for prompt in prompts]
+    rows = [renderer.prompt_of(prompt, form) for prompt in prompts]
     width = max(map(len, rows))
     ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
@@ -55,7 +56,7 @@ def _generate(
             do_sample=False,
             use_cache=True,
             pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=_stop_ids(model, tokenizer),
+            eos_token_id=_stop_ids(model, renderer.stop_ids(form)),
             temperature=None,
             top_p=None,
             top_k=None,
@@ -74,8 +75,8 @@ def _room(model, width: int) -> int:
     return most - width
 
 
-def _stop_ids(model, tokenizer) -> list[int]:
-    """The tokenizer's end token, and those that the model's generation config adds."""
+def _stop_ids(model, trained: set[int]) -> list[int]:
+    """The tokens that training ends answers with, and those that the model's generation config adds."""
     configured = model.generation_config.eos_token_id
     extra = configured if isinstance(configured, list) else [configured]
-    return sorted({token for token in (tokenizer.eos_token_id, *extra) if token is not None})
+    return sorted({token for token in (*trained, *extra) if token is not None})

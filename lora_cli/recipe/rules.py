@@ -11,6 +11,7 @@ from typing import NamedTuple
 from lora_cli.errors import Problem
 from lora_cli.recipe.document import shown
 from lora_cli.recipe.schema import Recipe, share_of, sources_of
+from lora_cli.recipe.template import how_to_ask, prompt_text
 
 
 class Rule(NamedTuple):
@@ -122,6 +123,18 @@ def evaluations_need_rows(recipe: Recipe) -> Problem | None:
     return Problem("`training.eval_steps` needs `data.eval`: there is nothing to evaluate", fix="set `data.eval: 5%`")
 
 
+def sample_prompts_fill_the_template(recipe: Recipe) -> Problem | None:
+    data = recipe.data
+    if data.template is None or sources_of(data.train)[0].format not in (None, "template"):
+        return None
+    for prompt in recipe.training.sample_prompts:
+        try:
+            prompt_text(data.template, prompt)
+        except ValueError as error:
+            return Problem(f"{error}: `{shown(prompt)}` in `training.sample_prompts`", fix=how_to_ask(data.template))
+    return None
+
+
 def patterns_compile(key: str, patterns: Iterable[str]) -> Problem | None:
     """PEFT's patterns are regular expressions."""
     for pattern in patterns:
@@ -150,6 +163,7 @@ RULES = (
     Rule(("training.keep_best", "training.eval_steps", "data.eval"), the_best_needs_evaluations),
     Rule(("lora.start_from", "lora.init"), a_start_has_no_init),
     Rule(("training.eval_steps", "data.eval", "training.sample_prompts"), evaluations_need_rows),
+    Rule(("training.sample_prompts", "data.template", "data.train"), sample_prompts_fill_the_template),
     Rule(("lora.targets",), lambda recipe: patterns_compile("lora.targets", _targets(recipe))),
     Rule(("lora.exclude",), lambda recipe: patterns_compile("lora.exclude", recipe.lora.exclude)),
     Rule(("lora.rank_pattern",), lambda recipe: patterns_compile("lora.rank_pattern", recipe.lora.rank_pattern)),

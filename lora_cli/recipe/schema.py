@@ -330,7 +330,8 @@ class Training(Block):
     )
     sample_prompts: list[NonEmpty] = Field(
         [],
-        description="Prompts answered at each evaluation, to read what the loss cannot say; each costs a generation.",
+        description="Prompts answered at each evaluation, to read what the loss cannot say; each costs a generation. "
+        "Where `data.template` has several fields before the answer, each is JSON with a text for each field.",
         examples=[["What is a hacker?"]],
     )
     trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(

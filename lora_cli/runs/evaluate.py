@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from lora_cli.data.pipeline import DataReport
-from lora_cli.data.types import Example
+from lora_cli.data.types import UNKNOWN_FORM, Example, PromptForm
 from lora_cli.errors import ModelError, Problem, RecipeError
 from lora_cli.evaluate.loss import HeldOut, held_out_loss
 from lora_cli.infer.generate import answer
@@ -27,7 +27,7 @@ from lora_cli.objectives.table import OBJECTIVES
 from lora_cli.recipe.reader import LoadedRecipe, read_recipe
 from lora_cli.recipe.schema import Model, Training
 from lora_cli.runs.folder import RunFolder
-from lora_cli.runs.record import trained_format
+from lora_cli.runs.record import trained_form
 from lora_cli.runs.rows import load_rows
 from lora_cli.train import auto
 from lora_cli.train.parallel import make_accelerator
@@ -42,7 +42,7 @@ class Loaded:
     model: object
     tokenizer: object
     adapter: Adapter | None
-    format: str | None  # of the rows it was trained on, where that is known
+    form: PromptForm  # of the rows it was trained on
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def load_pair(adapter_folder: Path | None, model: Model | None, *, allow_base_mi
     if adapter:
         adapter.inject_into(loaded)
     tokenizer = load_tokenizer(tokenizer_folder(adapter_folder, base.folder))
-    return Loaded(base, loaded, tokenizer, adapter, trained_format(adapter_folder) if adapter_folder else None)
+    return Loaded(base, loaded, tokenizer, adapter, trained_form(adapter_folder) if adapter_folder else UNKNOWN_FORM)
 
 
 def trained_base(adapter: Adapter, folder: Path) -> Model:
@@ -118,7 +118,7 @@ def rows_of_recipe(recipe: LoadedRecipe, tokenizer) -> tuple[list[Example], Data
 
 def side_by_side(loaded: Loaded, prompts: Sequence[str], max_new_tokens: int) -> dict[str, dict[str, str]]:
     """Prompt -> {"base": …, "adapter": …}: greedy answers from one load."""
-    ask = partial(answer, loaded.model, loaded.tokenizer, prompts, format=loaded.format, max_new_tokens=max_new_tokens)
+    ask = partial(answer, loaded.model, loaded.tokenizer, prompts, form=loaded.form, max_new_tokens=max_new_tokens)
     with disabled(loaded.model):
         base = ask()
     adapted = ask() if loaded.adapter else {}

@@ -22,12 +22,12 @@ import torch
 from lora_cli.data.pipeline import DataReport, epoch_length, steps
 from lora_cli.data.sources import is_path
 from lora_cli.data.texts import token_texts
-from lora_cli.data.types import Example
+from lora_cli.data.types import UNKNOWN_FORM, Example, PromptForm
 from lora_cli.durable import can_sync
 from lora_cli.errors import UserError
 from lora_cli.lora.adapter import Adapter
 from lora_cli.models.load import tokenizer_fingerprint
-from lora_cli.recipe.reader import value_of
+from lora_cli.recipe.reader import read_recipe, value_of
 from lora_cli.recipe.schema import keys, share_of, sources_of
 from lora_cli.recipe.secrets import redacted, redacted_command
 from lora_cli.runs.figures import histogram
@@ -158,13 +158,16 @@ def write_record(folder: RunFolder, record: Record) -> None:
     write_json(folder.record, record)
 
 
-def trained_format(folder: Path) -> str | None:
-    """The format of the rows that a run folder's adapter was trained on; None where the folder is no run."""
+def trained_form(folder: Path) -> PromptForm:
+    """How the rows were rendered that a run folder's adapter was trained on; of the first source, where there are several."""
+    run = RunFolder(folder)
     try:
-        formats = RunFolder(folder).read_record()["data"]["train"]["formats"]
-    except (KeyError, TypeError):
-        return None
-    return next(iter(formats.values()), None)
+        formats = run.read_record()["data"]["train"]["formats"]
+        format = next(iter(formats.values()), None)
+    except (KeyError, TypeError, AttributeError):  # no run of ours
+        return UNKNOWN_FORM
+    template = read_recipe(run.recipe).recipe.data.template if format == "template" else None
+    return PromptForm(format, template)
 
 
 def machine() -> Record:

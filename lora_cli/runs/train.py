@@ -18,7 +18,7 @@ from torch import nn
 from lora_cli.budget.params import Budget, budget_of
 from lora_cli.budget.shapes import Linear
 from lora_cli.data.pipeline import steps
-from lora_cli.data.types import Example, sources_in
+from lora_cli.data.types import Example, PromptForm, sources_in
 from lora_cli.durable import draft_of, move_into, replace_file
 from lora_cli.errors import ModelError, Problem, RecipeError
 from lora_cli.evaluate.loss import held_out_loss
@@ -270,8 +270,8 @@ def _actions(run: Run, parts: Parts, progress: Progress, settings: Mapping[str, 
     def sample() -> dict[str, str]:
         # the processes answer at paces of their own, and meet when all are done
         between = ranks.go_on if ranks.count == 1 else lambda: None
-        prompts, format = training.sample_prompts, run.rows.report.format
-        answers = answer(run.model, run.tokenizer, prompts, format=format, between=between)
+        form = PromptForm(run.rows.report.format, run.recipe.data.template)
+        answers = answer(run.model, run.tokenizer, training.sample_prompts, form=form, between=between)
         ranks.go_on()
         return answers
 

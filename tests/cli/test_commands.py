@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from running import lora_process, write_rows
+from running import events, lora_process, write_rows
 from tiny import byte_tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -227,6 +227,48 @@ def test_the_same_prompt_is_answered_by_base_and_adapter_side_by_side(lora, trai
     assert found["base"] != found["adapter"]
     assert found["base"] == greedy(tiny_llama, prompt, 8)  # as it stands, for so it was in training
     assert re.search(r"> what is the cat 0\?\n  base .*\n?.*  adapter ", text, re.DOTALL)
+
+
+TEMPLATES = {
+    "what is {prompt} the [[{completion}]]": ("the cat", "what is the cat the "),
+    "{prompt} yes {prompt} no {hint} [[{completion}]]": (
+        '{"hint": 7, "prompt": "mat"}',
+        "mat yes mat no 7 ",
+    ),
+}
+
+
+@pytest.mark.parametrize(("template", "asked"), TEMPLATES.items(), ids=["one field", "several"])
+def test_a_prompt_is_asked_through_the_text_template_of_the_rows(lora, recipe, tiny_llama, template, asked):
+    prompt, text = asked
+    file = recipe(
+        {
+            "data.template": template,
+            "data.eval": "25%",
+            "training.max_steps": 1,
+            "training.eval_steps": 1,
+            "training.sample_prompts": [prompt],
+            "training.learning_rate": 1e-30,  # so that the adapter answers as the base does
+        }
+    )
+    rows = [json.loads(line) | {"hint": "cat"} for line in (file.parent / "train.jsonl").read_text().splitlines()]
+    (file.parent / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    lora("train", file)
+
+    out = file.parent / "out"
+    [*_, sampled] = events(out, "sampled")
+    assert sampled["samples"] == {prompt: greedy(tiny_llama, text, 96)}
+    asked = ("generate", "--adapter", out, "--max-new-tokens", 4)
+    found = lora(*asked, "--prompt", prompt, "--json").json
+    assert found[prompt] == {who: greedy(tiny_llama, text, 4) for who in ("base", "adapter")}
+    if "hint" in template:
+        refused = lora(*asked, "--prompt", "mat", code=2)
+        assert refused.err == (
+            "error: `data.template` asks with 2 fields, and this prompt does not give them\n"
+            "     | mat\n"
+            '  fix: give a text for each field, as JSON: {"prompt": "…", "hint": "…"}\n'
+        )
 
 
 def test_answers_are_the_greedy_ones_and_do_not_depend_on_the_other_prompts(lora, tiny_llama):

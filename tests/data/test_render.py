@@ -16,8 +16,20 @@ from templates import (
     tiny_tokenizer,
 )
 
+from lora_cli.data.formats import templated
 from lora_cli.data.render import Renderer, truncate
-from lora_cli.data.types import BadRow, Conversation, Example, Instruction, Message, RowId, Span, Text, Tokens
+from lora_cli.data.types import (
+    BadRow,
+    Conversation,
+    Example,
+    Instruction,
+    Message,
+    PromptForm,
+    RowId,
+    Span,
+    Text,
+    Tokens,
+)
 from lora_cli.errors import ModelError
 from lora_cli.models.gguf import converted_folder
 from lora_cli.models.load import load_tokenizer
@@ -151,6 +163,26 @@ def test_a_template_that_drops_earlier_reasoning_makes_an_example_an_answer():
     assert tokenizer.decode(second.input_ids[second.prompt_length :]) == "<think>\nit\n</think>\n\nno<|im_end|>"
 
 
+# Like Mistral Nemo's: the system text stands in the last user turn, and is gone once that is answered
+MOVING = (
+    "{% set system = messages[0].content if messages[0].role == 'system' %}"
+    "{% for m in messages if m.role != 'system' %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{% if loop.last and m.role == 'user' and system %}{{ system + '\n\n' }}{% endif %}"
+    "{{ m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def test_a_template_that_moves_the_system_text_has_it_in_each_prompt_as_inference_has():
+    tokenizer = tiny_tokenizer(CHATML, template=MOVING)
+    talked = Conversation((Message("system", "the mat", False), *talk("what", "yes", "why", "no").messages))
+
+    assert_trained_as_asked(tokenizer, talked, CHATML.stop)
+    first, second = Renderer(tokenizer).render(talked, ROW)
+    assert tokenizer.decode(first.input_ids).startswith("<|im_start|>user\nthe mat\n\nwhat<|im_end|>")
+    assert "the mat\n\nwhy" in tokenizer.decode(second.input_ids)
+
+
 def test_generation_blocks_choose_what_of_an_answer_is_trained_and_the_stop_token_always_is():
     template = CHATML.template.replace(
         "+ m.content + '<|im_end|>\n' }}",
@@ -174,6 +206,9 @@ BROKEN_TEMPLATES = {
     ),
     "the chat template does not begin an answer with its own generation prompt, so training would not see what "
     "inference puts there": CHATML.template.replace("assistant\n", "assistant\n<think>\n"),
+    "the chat template writes more behind the stop token of an answer, so what ends an answer is not clear": (
+        CHATML.template.replace("{% if add_generation_prompt %}", "{% if true %}")
+    ),
     "the `{% generation %}` blocks of the chat template hold nothing of an answer, so nothing would be trained": (
         CHATML.template.replace(" + m.role + ", "}}{% generation %}{{ m.role }}{% endgeneration %}{{ ")
     ),
@@ -279,6 +314,27 @@ def test_a_chat_prompt_is_what_stands_before_the_answer_in_training():
     [example] = renderer.render(talked, ROW)
 
     assert renderer.chat_prompt(talked.messages[:1]) == example.input_ids[: example.prompt_length]
+
+
+def test_a_prompt_of_a_text_template_is_what_stands_before_the_answer_in_training():
+    template = "what: {question}\nyes: [[{answer}]]"
+    renderer = Renderer(tiny_tokenizer(LLAMA3))
+    item = templated(template).parse({"question": "the cat", "answer": "the mat"})
+
+    [example] = renderer.render(item, ROW)
+
+    form = PromptForm("template", template)
+    assert renderer.prompt_of("the cat", form) == example.input_ids[: example.prompt_length]
+    assert renderer.prompt_of("the cat", PromptForm("text", template)) == renderer.text_prompt("the cat")
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_answers_to_chat_prompts_stop_at_the_token_that_training_ends_turns_with(family):
+    tokenizer = tiny_tokenizer(family)
+
+    stops = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(family.stop)}
+    assert Renderer(tokenizer).stop_ids(PromptForm("messages")) == stops
+    assert Renderer(tokenizer).stop_ids(PromptForm("text")) == {tokenizer.eos_token_id}
 
 
 def test_truncation_keeps_the_first_tokens_and_counts_the_rest():

@@ -228,6 +228,16 @@ def test_a_template_and_a_format_both_say_how_a_row_is_read():
     ]
 
 
+def test_sample_prompts_give_every_field_of_a_template():
+    text = with_line("data", "template: '{a} {b} [[{c}]]'") + "  sample_prompts: [why]\n"
+
+    assert problems(text) == [
+        "error: `data.template` asks with 2 fields, and this prompt does not give them: `why` in "
+        "`training.sample_prompts`\n  --> r.yaml:10:3\n     | sample_prompts: [why]\n"
+        '  fix: give a text for each field, as JSON: {"a": "…", "b": "…"}'
+    ]
+
+
 def test_a_key_given_twice_names_the_line_of_the_first():
     assert problems(with_line("lora", "alpha: 4")) == [
         "error: `lora.alpha` is given twice\n  --> r.yaml:5:3\n     | alpha: 5\n"
