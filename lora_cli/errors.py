@@ -33,6 +33,16 @@ def first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
+# Exceptions whose message is a sentence; that of others says little without their name
+SENTENCES = (OSError, ValueError, ImportError, RuntimeError)
+
+
+def said(error: BaseException) -> str:
+    """What a library's exception says of a foreign file, in one line."""
+    line = first_line(error)
+    return line if isinstance(error, SENTENCES) or line == type(error).__name__ else f"{type(error).__name__}: {line}"
+
+
 class UserError(Exception):
     """An error the user can put right. Subclasses carry the exit code; all problems are reported at once."""
 

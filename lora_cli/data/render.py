@@ -21,8 +21,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateError
-
+from lora_cli.data.chat_template import Tools, check_size, rendered, tokenized
 from lora_cli.data.sources import quote
 from lora_cli.data.types import BadRow, Conversation, Example, Instruction, Item, Message, PromptForm, RowId, Span, Text
 from lora_cli.errors import ModelError, Problem
@@ -44,13 +43,13 @@ GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 # What of a message the template must not leave out
 MUST_BE_READ = ("tool_calls", "reasoning_content", "reasoning", "thinking")
-Tools = Sequence[Any]
 
 
 class Renderer:
     """A tokenizer with its chat template: the one way from text to tokens, in training, evaluation and chat."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", train_on: str = "answers") -> None:
+        check_size(tokenizer)
         self.tokenizer = tokenizer
         self.train_on = train_on
         self.has_template = bool(tokenizer.chat_template)
@@ -63,7 +62,8 @@ class Renderer:
     def render(self, item: Item, row: RowId) -> list[Example]:
         """One example; or several for a conversation whose template renders earlier turns anew (see above).
 
-        Raises BadRow where the template refuses the row, and ModelError where no row could be rendered.
+        Raises BadRow where the template refuses the row, ModelError where no row could be rendered, and SafetyError for
+        a template that is not to be run.
         """
         if isinstance(item, Instruction):
             item = as_conversation(item) if self.has_template else as_text(item)
@@ -211,13 +211,7 @@ class Renderer:
 
         For all of them if the template's tokens are not `ids`, because one was split where prompt and answer meet.
         """
-        encoded = self.tokenizer.apply_chat_template(
-            _plain(messages),
-            tools=list(tools) or None,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-            tokenizer_kwargs={"verbose": False},
-        )
+        encoded = tokenized(self.tokenizer, _plain(messages), tools, return_assistant_tokens_mask=True)
         return [float(mark) for mark in encoded["assistant_masks"]] if encoded["input_ids"] == ids else [1.0] * len(ids)
 
     def _text(self, spans: Sequence[Span]) -> tuple[list[int], list[float]]:
@@ -274,15 +268,7 @@ class Renderer:
                     fix="take the instruct variant of `model.base`, or bring the rows into the format `completion`",
                 )
             )
-        try:
-            return self.tokenizer.apply_chat_template(
-                _plain(messages),
-                tools=list(tools) or None,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-            )
-        except (TemplateError, TypeError) as error:
-            raise BadRow(f"the chat template refuses it: {quote(str(error))}") from error
+        return rendered(self.tokenizer, _plain(messages), tools, add_generation_prompt=add_generation_prompt)
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lora_cli.errors import ModelError, Problem, SafetyError
+from lora_cli.limits import read_json
 from lora_cli.lora.base_files import INDEX, StoredTensor, read_header, read_metadata, stored_tensors, weight_files
 from lora_cli.models.base import read_config
 from lora_cli.models.load import tokenizer_folder
@@ -232,9 +233,9 @@ def _size(piece: _Piece) -> int:
 
 
 def _write_index(folder: Path, out: Path, written: Mapping[str, tuple[str, int]]) -> None:
-    index = json.loads((folder / INDEX).read_text())
+    index = read_json(folder / INDEX)
     added = sum(size for name, (_, size) in written.items() if name not in index["weight_map"])
-    metadata = index.get("metadata") or {}
+    metadata = found if isinstance(found := index.get("metadata"), dict) else {}
     metadata["total_size"] = sum(size for _, size in written.values())
     if added or len(written) < len(index["weight_map"]):
         metadata.pop("total_parameters", None)

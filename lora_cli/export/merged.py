@@ -31,6 +31,7 @@ from lora_cli.export.files import (
 from lora_cli.export.names import Place, places
 from lora_cli.export.proof import Proof
 from lora_cli.export.staging import need_space, refuse_output, staged
+from lora_cli.limits import read_json
 from lora_cli.lora.adapter import Adapter, Factors
 from lora_cli.lora.base_files import Fingerprint, fingerprint, stored_tensors
 
@@ -165,14 +166,21 @@ def merge_record(folder: Path) -> dict:
     file = folder / RECORD
     if not file.is_file():
         return {"adapters": []}
-    try:
-        found = json.loads(file.read_text())
-        [entry["sha256"] for entry in found["adapters"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(
-            Problem("it can't be read", where=str(file), fix="merge again, or delete it if the folder is a plain base")
-        ) from error
+    fix = "merge again, or delete it if the folder is a plain base"
+    found = read_json(file, fix=fix)
+    entries = found.get("adapters")
+    if not (isinstance(entries, list) and all(map(_is_entry, entries))):
+        raise ModelError(Problem("it can't be read", where=str(file), fix=fix))
     return found
+
+
+def _is_entry(found: object) -> bool:
+    return (
+        isinstance(found, dict)
+        and isinstance(found.get("sha256"), str)
+        and isinstance(found.get("untied"), list)
+        and all(isinstance(name, str) for name in found["untied"])
+    )
 
 
 def refuse_second_merge(base_folder: Path, adapter: Adapter) -> None:

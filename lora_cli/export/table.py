@@ -1,6 +1,5 @@
 """What an adapter can be exported to: a name for `--to`, and the function that writes it."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from lora_cli.export.files import Progress, copy_side_files
 from lora_cli.export.merged import MergeReport, merge
 from lora_cli.export.proof import compute_dtype, prove
 from lora_cli.export.staging import staged
+from lora_cli.limits import read_json
 from lora_cli.lora.adapter import Adapter
 from lora_cli.lora.peft_format import CONFIG, load_adapter, save_adapter, to_tensors
 from lora_cli.models.base import Base
@@ -80,7 +80,7 @@ def export_merged(order: Order, progress: Progress | None = None) -> MergeReport
 
 def is_transposed(folder: Path) -> bool:
     """What an adapter folder says of its base's weights: stored [in, out], as GPT-2's are."""
-    return bool(json.loads((folder / CONFIG).read_text()).get("fan_in_fan_out"))
+    return bool(read_json(folder / CONFIG).get("fan_in_fan_out"))
 
 
 def _check_same(written: Adapter, read: Adapter) -> None:

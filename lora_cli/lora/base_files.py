@@ -7,14 +7,23 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 from lora_cli.errors import ModelError, Problem, SafetyError
+from lora_cli.limits import DAMAGED, TOO_LARGE, each_once, read_json
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 LARGEST_HEADER_BYTES = 100_000_000  # safetensors' own limit
+# Bits an element, by the names that safetensors has for types
+BITS = {
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
+    "C64": 64, "F64": 64, "I64": 64, "U64": 64,
+}  # fmt: skip
+LFS_POINTER = b"version "  # of the text that stands for a file until it is fetched
 SAMPLED_TENSORS = 24
 SAMPLED_BYTES = 4096
 
@@ -94,36 +103,54 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_header(file: Path, most_bytes: int = LARGEST_HEADER_BYTES) -> dict[str, StoredTensor]:
-    """The tensors of one safetensors file, from its header alone, which may have `most_bytes`."""
+    """The tensors of one safetensors file, from its header alone, which may have `most_bytes`.
+
+    As safetensors itself demands, they fill the file from one end to the other, and each is as long as its shape says.
+    """
     header, data = _header(file, most_bytes)
     try:
-        return {
+        tensors = {
             name: StoredTensor(
                 file, entry["dtype"], tuple(entry["shape"]), *(data + offset for offset in entry["data_offsets"])
             )
             for name, entry in header.items()
             if name != "__metadata__"
         }
-    except (KeyError, TypeError) as error:
+        end = data
+        for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.start, tensor.end)):
+            _check_place(tensor, end)
+            end = tensor.end
+    except (KeyError, TypeError, ValueError) as error:
         raise _unreadable(file) from error
+    if end > (size := file.stat().st_size):
+        raise ModelError(Problem("the file ends in the middle of its data", where=str(file), fix=DAMAGED))
+    if end < size:
+        raise _unreadable(file, f": {size - end:,} bytes of the file belong to no tensor")
+    return tensors
 
 
 def read_metadata(file: Path) -> dict[str, str]:
     """The free text that a safetensors file carries."""
-    return _header(file, LARGEST_HEADER_BYTES)[0].get("__metadata__", {})
+    found = _header(file, LARGEST_HEADER_BYTES)[0].get("__metadata__", {})
+    if not (isinstance(found, dict) and all(isinstance(text, str) for text in found.values())):
+        raise _unreadable(file)
+    return found
 
 
 def _header(file: Path, most_bytes: int) -> tuple[dict, int]:
     """The JSON header and the offset at which the data begins."""
     with file.open("rb") as stream:
-        size = int.from_bytes(stream.read(8), "little")
+        size = int.from_bytes(first := stream.read(8), "little")
+        if first == LFS_POINTER:
+            fix = "run `git lfs pull` where it was cloned"
+            raise ModelError(Problem("it is a pointer of git-lfs, not the file itself", where=str(file), fix=fix))
+        if size > file.stat().st_size:
+            raise _unreadable(file, f": it claims {size:,} bytes")
         if size > most_bytes:
-            raise ModelError(
-                Problem(f"its header claims {size:,} bytes", where=str(file), fix="download it again: it is damaged")
-            )
+            raise SafetyError(Problem(f"its header has {size:,} bytes", where=str(file), fix=TOO_LARGE))
         text = stream.read(size)
     try:
-        header = json.loads(text, object_pairs_hook=_without_doubles)
+        header = json.loads(text, object_pairs_hook=each_once)
     except (ValueError, RecursionError) as error:
         raise _unreadable(file) from error
     if not isinstance(header, dict):
@@ -131,26 +158,25 @@ def _header(file: Path, most_bytes: int) -> tuple[dict, int]:
     return header, 8 + size
 
 
-def _without_doubles(pairs: list[tuple[str, object]]) -> dict:
-    """Of two tensors of one name, which is meant depends on the reader."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a name stands twice")
-    return found
+def _check_place(tensor: StoredTensor, start: int) -> None:
+    """ValueError unless the tensor begins at `start` and is as long as its shape says."""
+    numbers = (*tensor.shape, tensor.start, tensor.end)
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        raise ValueError("sizes are whole numbers")
+    bits = BITS[tensor.dtype] * prod(tensor.shape)
+    if tensor.start != start or (tensor.end - tensor.start) * 8 != bits:
+        raise ValueError("a tensor is not where or as large as the header says")
 
 
-def _unreadable(file: Path) -> ModelError:
-    return ModelError(Problem("its header can't be read", where=str(file), fix="download it again: it is damaged"))
+def _unreadable(file: Path, why: str = "") -> ModelError:
+    return ModelError(Problem(f"its header can't be read{why}", where=str(file), fix=DAMAGED))
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        found = json.loads(index.read_text())["weight_map"]
-        return {str(name): str(file) for name, file in found.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(
-            Problem("its `weight_map` can't be read", where=str(index), fix="download it again: it is damaged")
-        ) from error
+    found = read_json(index).get("weight_map")
+    if isinstance(found, dict) and found and all(isinstance(file, str) for file in found.values()):
+        return found
+    raise ModelError(Problem("its `weight_map` can't be read", where=str(index), fix=DAMAGED))
 
 
 def _inside(folder: Path, name: str) -> Path:

@@ -7,6 +7,7 @@ alphas as integers, target_modules as a sorted list. Read strictly: a key or a s
 import json
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,13 +16,13 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from lora_cli.errors import ModelError, Problem, SafetyError
+from lora_cli.limits import Exceeded, Result, bounded, read_json
 from lora_cli.lora.adapter import Adapter, Factors
-from lora_cli.lora.base_files import Fingerprint, read_header, read_metadata
+from lora_cli.lora.base_files import PICKLES, Fingerprint, read_header, read_metadata
 from lora_cli.lora.config import LoRAConfig
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-PICKLED_WEIGHTS = "adapter_model.bin"
 LARGEST_NUMBER = 10**9  # JSON's numbers have no end
 SHOWN_CHARACTERS = 80  # of a foreign value in a message
 FINGERPRINT = "lora.base_fingerprint"
@@ -29,6 +30,8 @@ PREFIX = "base_model.model."
 LARGEST_CONFIG_BYTES = 1_000_000
 LARGEST_HEADER_BYTES = 1_000_000  # 126 blocks with 7 targets of 3 tensors each have 0.4 MB
 LARGEST_WEIGHTS_BYTES = 4_000_000_000
+MOST_SECONDS = 10  # of processor time, to understand an adapter's config and names
+MOST_MEMORY = 3 * LARGEST_WEIGHTS_BYTES
 
 # Settings of PEFT that change what an adapter computes and that are not read here: anything but these values is refused.
 NOT_READ: Mapping[str, tuple] = {
@@ -122,7 +125,7 @@ def load_adapter(folder: Path) -> Adapter:
     Raises ModelError for damage or surplus, SafetyError for a pickle and for sizes that no adapter has, DivergedError
     for values that are not finite.
     """
-    config = from_peft(_read_config(folder), where=folder / CONFIG)
+    config = _in_time(partial(from_peft, _read_config(folder), where=folder / CONFIG), folder)
     file = folder / WEIGHTS
     if not file.is_file():
         raise _no_weights(folder)
@@ -139,9 +142,19 @@ def load_adapter(folder: Path) -> Adapter:
         tensors = load_file(file)
     except (SafetensorError, OSError) as error:
         raise ModelError(Problem(f"it is damaged: {error}", where=str(file), fix="copy or train it again")) from error
-    adapter = Adapter(config, _layers(tensors, config, where=file), _fingerprint(file))
+    layers = _in_time(partial(_layers, tensors, config, where=file), folder)
+    adapter = Adapter(config, layers, _fingerprint(file))
     adapter.check_finite(where=str(file))
     return adapter
+
+
+def _in_time(work: Callable[[], Result], folder: Path) -> Result:
+    """Patterns of a foreign config meet foreign names: some take years to find that they don't match."""
+    try:
+        return bounded(work, seconds=MOST_SECONDS, most_bytes=MOST_MEMORY)
+    except Exceeded as error:
+        what = f"its `rank_pattern` or `alpha_pattern` takes more than {error}"
+        raise SafetyError(Problem(what, where=str(folder / CONFIG), fix="don't use this adapter")) from error
 
 
 def to_tensors(adapter: Adapter) -> dict[str, Tensor]:
@@ -319,26 +332,14 @@ def _read_config(folder: Path) -> dict:
                 fix="give the folder that `lora train` wrote to",
             )
         )
-    if file.stat().st_size > LARGEST_CONFIG_BYTES:
-        raise SafetyError(
-            Problem(f"it is larger than {LARGEST_CONFIG_BYTES:,} bytes", where=str(file), fix="don't use this adapter")
-        )
-    try:
-        found = json.loads(file.read_text())
-    except (ValueError, RecursionError) as error:
-        raise ModelError(
-            Problem(f"it is no JSON: {error}", where=str(file), fix="copy or train the adapter again")
-        ) from error
-    if not isinstance(found, dict):
-        raise ModelError(Problem("it is no JSON object", where=str(file), fix="copy or train the adapter again"))
-    return found
+    return read_json(file, most_bytes=LARGEST_CONFIG_BYTES, fix="copy or train the adapter again")
 
 
 def _no_weights(folder: Path) -> Exception:
-    if (folder / PICKLED_WEIGHTS).exists():
+    if pickles := sorted(path.name for pattern in PICKLES for path in folder.glob(pattern)):
         return SafetyError(
             Problem(
-                f"{PICKLED_WEIGHTS} is a pickle, which can run code when it is read",
+                f"{pickles[0]} is a pickle, which can run code when it is read",
                 where=str(folder),
                 fix="load it with PEFT where that can do no harm, and `save_pretrained` it again as safetensors",
             )

@@ -3,12 +3,15 @@
 Configs are read here as data before any library acts on them: foreign code is refused.
 """
 
-import json
 import logging
+import re
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from lora_cli.errors import ModelError, Problem, SafetyError
+from lora_cli.limits import read_json
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +28,20 @@ HUB_FILES = [
 ]
 # A second copy of the weights, other formats in folders of their own, and adapters
 HUB_LEFT_OUT = ["consolidated*", "*/*", "adapter_*"]
+
+# What transformers reads beside the weights and the vocabulary
+CONFIGS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "processor_config.json",
+)
+CODE_KEYS = ("custom_code", "custom_generate", "trust_remote_code")
+ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+# `repository--module.Class`, transformers' way to name code of another repository
+CODE_ELSEWHERE = re.compile(r"\S+--[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
+NAMES = ("_name_or_path", "name_or_path")
 
 
 @dataclass(frozen=True)
@@ -57,9 +74,8 @@ def resolve_base(name: str, revision: str | None = None, *, weights: bool = True
 
 def read_config(folder: Path) -> dict:
     """config.json as plain data."""
-    file = folder / "config.json"
     try:
-        found = json.loads(file.read_text())
+        return read_json(folder / "config.json", fix="download the model again")
     except FileNotFoundError as error:
         hint = (
             "an adapter is given with `--adapter`"
@@ -67,11 +83,37 @@ def read_config(folder: Path) -> dict:
             else "give a folder that `save_pretrained` wrote"
         )
         raise ModelError(Problem("no config.json: this is no model folder", where=str(folder), fix=hint)) from error
-    except ValueError as error:
-        raise ModelError(Problem(f"it is no JSON: {error}", where=str(file), fix="download the model again")) from error
-    if not isinstance(found, dict):
-        raise ModelError(Problem("it is no JSON object", where=str(file), fix="download the model again"))
-    return found
+
+
+def refuse_foreign_code(folder: Path) -> None:
+    """Raise SafetyError where a config beside a model or a tokenizer asks for code that is not transformers' own.
+
+    `auto_map` says which code there is; nothing runs it, and whether a model can do without is for `_check_config`.
+    """
+    for name in CONFIGS:
+        with suppress(FileNotFoundError):
+            for path, value in _entries(read_json(folder / name)):
+                if _asks_for_code(path[-1], value) and "auto_map" not in path:
+                    what = f"it asks for code from elsewhere: `{'.'.join(path)}`"
+                    raise SafetyError(
+                        Problem(what, where=str(folder / name), fix="don't use it; foreign code is never run")
+                    )
+
+
+def _entries(value: object, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], object]]:
+    """Every value inside JSON with the names that lead to it."""
+    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in pairs:
+        yield (*path, str(key)), inner
+        yield from _entries(inner, (*path, str(key)))
+
+
+def _asks_for_code(key: str, value: object) -> bool:
+    if key in CODE_KEYS:
+        return value not in (None, False)
+    if key.lstrip("_").startswith("attn_implementation"):
+        return not (value is None or isinstance(value, bool | dict) or value in ATTENTIONS)
+    return isinstance(value, str) and key not in NAMES and CODE_ELSEWHERE.fullmatch(value) is not None
 
 
 def _check_config(base: Base) -> None:
@@ -93,16 +135,7 @@ def _check_config(base: Base) -> None:
                 fix="give its text-only sibling as `model.base`",
             )
         )
-    foreign = [
-        key
-        for key in config
-        if key in ("custom_code", "trust_remote_code")
-        or (key.startswith("_attn_implementation") and "/" in str(config[key]))
-    ]
-    if foreign:
-        raise SafetyError(
-            Problem(f"the config asks for code from elsewhere: `{foreign[0]}`", where=where, fix="don't use this model")
-        )
+    refuse_foreign_code(base.folder)
     if "auto_map" in config:
         if not _known_to_transformers(config.get("model_type")):
             raise SafetyError(

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError
 
 from lora_cli.data.types import Example
-from lora_cli.errors import ModelError, Problem, first_line, is_out_of_memory
-from lora_cli.models.base import Base
+from lora_cli.errors import ModelError, Problem, is_out_of_memory, said
+from lora_cli.models.base import Base, refuse_foreign_code
 from lora_cli.models.quiet import quiet_transformers
 
 if TYPE_CHECKING:
@@ -78,11 +77,11 @@ def load_model(
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # whatever the libraries make of foreign files
         if is_out_of_memory(error):
             raise
         raise ModelError(
-            Problem(f"the base can't be loaded: {first_line(error)}", where=str(base.folder), fix=_fix(error))
+            Problem(f"the base can't be loaded: {said(error)}", where=str(base.folder), fix=_fix(error))
         ) from error
     _check_complete(base, info)
     model.requires_grad_(False)
@@ -98,8 +97,8 @@ def skeleton(folder: Path) -> "PreTrainedModel":
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        what = f"the base can't be built from its config: {first_line(error)}"
+    except Exception as error:
+        what = f"the base can't be built from its config: {said(error)}"
         raise ModelError(Problem(what, where=str(folder / "config.json"), fix=_fix(error))) from error
 
 
@@ -108,12 +107,15 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
     quiet_transformers()
+    refuse_foreign_code(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # whatever the libraries make of foreign files
+        if is_out_of_memory(error):
+            raise
         raise ModelError(
             Problem(
-                f"the tokenizer can't be loaded: {first_line(error)}",
+                f"the tokenizer can't be loaded: {said(error)}",
                 where=str(folder),
                 fix="copy the tokenizer's files beside the weights",
             )

@@ -17,6 +17,7 @@ from torch import nn
 
 from lora_cli.budget.params import budget_of
 from lora_cli.budget.shapes import Linear
+from lora_cli.data.chat_template import tokenized
 from lora_cli.data.duplicates import key
 from lora_cli.data.formats import FORMATS
 from lora_cli.data.pipeline import MAX_DROPPED
@@ -198,10 +199,12 @@ def prompts_are_those_of_inference(facts: Facts) -> str:
         kept.setdefault(example.row, []).append(example)
     compared = 0
     for row, talk in _conversations(facts):
+        if row not in kept:
+            continue  # left out, which is counted elsewhere
         prompts = list(_inference_prompts(facts.tokenizer, talk))
         for prompt in prompts if facts.recipe.data.train_on == "answers" else prompts[-1:]:
-            if row not in kept or len(prompt) >= facts.recipe.data.max_length:
-                continue  # cut away, which is counted elsewhere
+            if len(prompt) >= facts.recipe.data.max_length:
+                continue  # cut away
             if not any(example.input_ids[: len(prompt)] == prompt for example in kept[row]):
                 raise ModelError(_another_prompt(facts.tokenizer, kept[row][0], prompt))
             compared += 1
@@ -373,9 +376,7 @@ def _inference_prompts(tokenizer: "PreTrainedTokenizerBase", talk: Conversation)
     turns = [message.as_template_reads_it() for message in talk.messages]
     for place, message in enumerate(talk.messages):
         if message.train:
-            encoded = tokenizer.apply_chat_template(
-                turns[:place], tools=list(talk.tools) or None, add_generation_prompt=True, return_dict=True
-            )
+            encoded = tokenized(tokenizer, turns[:place], talk.tools, add_generation_prompt=True)
             yield list(encoded["input_ids"])
 
 

@@ -289,7 +289,7 @@ def test_a_header_that_is_no_header_is_told_as_damaged(saved, header):
 def test_a_header_that_claims_gigabytes_is_not_read(saved):
     (saved / WEIGHTS).write_bytes((2**40).to_bytes(8, "little") + b"{}")
 
-    refused(saved, ModelError, "its header claims 1,099,511,627,776 bytes")
+    refused(saved, ModelError, "its header can't be read: it claims 1,099,511,627,776 bytes")
 
 
 def test_a_header_larger_than_any_adapter_needs_is_refused(saved):
@@ -297,7 +297,7 @@ def test_a_header_larger_than_any_adapter_needs_is_refused(saved):
     text = json.dumps(header).encode()
     (saved / WEIGHTS).write_bytes(len(text).to_bytes(8, "little") + text)
 
-    refused(saved, ModelError, f"its header claims {len(text):,} bytes")
+    refused(saved, SafetyError, f"its header has {len(text):,} bytes")
 
 
 def test_the_largest_adapter_in_sight_is_read(tmp_path):

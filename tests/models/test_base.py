@@ -68,7 +68,7 @@ def test_own_code_of_an_unknown_architecture_is_refused(base):
 def test_a_config_that_asks_for_code_from_elsewhere_is_refused(base, key):
     change_config(base, **{key: "someone/kernels"})
 
-    with pytest.raises(SafetyError, match=f"the config asks for code from elsewhere: `{key}`"):
+    with pytest.raises(SafetyError, match=f"it asks for code from elsewhere: `{key}`"):
         resolve_base(str(base))
 
 

@@ -1,0 +1,88 @@
+"""A tokenizer's chat template, run as the foreign code it is: sandboxed by transformers, and bounded by us in size, time,
+memory and output. It sees messages and tools, and nothing else.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import TemplateSyntaxError
+from jinja2.exceptions import SecurityError
+
+from lora_cli.data.sources import quote
+from lora_cli.data.types import BadRow
+from lora_cli.errors import ModelError, Problem, SafetyError, first_line
+from lora_cli.limits import Exceeded, bounded
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MOST_CHARACTERS = 64_000  # the longest of the popular models' has 16,000
+MOST_SECONDS = 2  # of processor time for one rendering, which takes a millisecond
+MOST_BYTES = 1_000_000_000
+MOST_OUTPUT = 1_000_000  # characters, beside COPIES of what was put in
+COPIES = 10
+FIX = "use the tokenizer of a model that you trust"
+
+TOKENIZED_A_SECOND = 50_000  # characters; tokenizers do some twenty times as many
+
+Turns = Sequence[Mapping[str, Any]]
+Tools = Sequence[Any]
+
+
+def check_size(tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Raise SafetyError for a template that is longer than any needs to be, ModelError for several without a default."""
+    found = tokenizer.chat_template or ""
+    longest = max(map(len, found.values()), default=0) if isinstance(found, dict) else len(found)
+    if longest > MOST_CHARACTERS:
+        what = f"the chat template has {longest:,} characters, and {MOST_CHARACTERS:,} is the most that is run"
+        raise SafetyError(Problem(what, where=_named(tokenizer), fix=FIX))
+    if isinstance(found, dict) and "default" not in found:
+        what = "the tokenizer has several chat templates, and none of them is called `default`"
+        raise ModelError(Problem(what, where=_named(tokenizer), fix="name the one to use `default`"))
+
+
+def rendered(
+    tokenizer: "PreTrainedTokenizerBase", turns: Turns, tools: Tools = (), *, add_generation_prompt: bool = False
+) -> str:
+    """The conversation as text. Raises BadRow where the template refuses it, ModelError where it is no template, and
+    SafetyError where it takes too much or reaches out of its sandbox."""
+    text = _run(tokenizer, turns, tools, MOST_SECONDS, tokenize=False, add_generation_prompt=add_generation_prompt)
+    if len(text) > MOST_OUTPUT + COPIES * _size(turns, tools):
+        raise SafetyError(_too_much(tokenizer, f"{len(text):,} characters"))
+    return text
+
+
+def tokenized(tokenizer: "PreTrainedTokenizerBase", turns: Turns, tools: Tools = (), **how: bool) -> Mapping[str, Any]:
+    """The conversation as tokens, as everybody else gets them: `how` are options of `apply_chat_template`."""
+    seconds = MOST_SECONDS + _size(turns, tools) / TOKENIZED_A_SECOND
+    return _run(tokenizer, turns, tools, seconds, return_dict=True, tokenizer_kwargs={"verbose": False}, **how)
+
+
+def _run(tokenizer: "PreTrainedTokenizerBase", turns: Turns, tools: Tools, seconds: float, **how: Any) -> Any:
+    render = partial(tokenizer.apply_chat_template, list(turns), tools=list(tools) or None, **how)
+    try:
+        return bounded(render, seconds=seconds, most_bytes=MOST_BYTES)
+    except Exceeded as error:
+        raise SafetyError(_too_much(tokenizer, str(error))) from error
+    except SecurityError as error:
+        what = f"the chat template reaches out of its sandbox: {quote(first_line(error))}"
+        raise SafetyError(Problem(what, where=_named(tokenizer), fix=FIX)) from error
+    except TemplateSyntaxError as error:
+        what = f"the chat template can't be read: {quote(first_line(error))}"
+        raise ModelError(Problem(what, where=f"{_named(tokenizer)}, line {error.lineno}", fix=FIX)) from error
+    except Exception as error:  # whatever a template raises, it refuses the row
+        raise BadRow(f"the chat template refuses it: {quote(first_line(error))}") from error
+
+
+def _too_much(tokenizer: "PreTrainedTokenizerBase", what: str) -> Problem:
+    return Problem(f"the chat template takes more than {what} for one conversation", where=_named(tokenizer), fix=FIX)
+
+
+def _size(turns: Turns, tools: Tools) -> int:
+    """Characters that go in."""
+    return len(repr(turns)) + len(repr(tools))
+
+
+def _named(tokenizer: "PreTrainedTokenizerBase") -> str:
+    return str(tokenizer.name_or_path)
