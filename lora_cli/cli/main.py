@@ -4,6 +4,7 @@ import errno
 import os
 import sys
 from contextlib import suppress
+from traceback import format_exc
 
 import typer
 
@@ -21,6 +22,8 @@ from lora_cli.errors import (
 from lora_cli.signals import Interruption, raised
 
 DEBUG = "--debug"
+HELP = {"-h", "--help"}
+ANY_VERSION = ("doctor", "schema")  # what reads no foreign files
 
 
 def app() -> typer.Typer:
@@ -43,7 +46,7 @@ def app() -> typer.Typer:
         epilog=f"{DEBUG} on any command shows the traceback of an error.",
         no_args_is_help=True,
         pretty_exceptions_enable=False,
-        context_settings={"help_option_names": ["-h", "--help"]},
+        context_settings={"help_option_names": sorted(HELP)},
     )
     commands.callback()(_root)
     for name, command in {
@@ -74,18 +77,14 @@ def main() -> None:
     except Interruption as signal:
         sys.exit(signal.code)
     except UserError as error:
-        if debug:
-            raise
-        _report(error)
+        _report(error, debug)
         sys.exit(error.code)
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(0)
     except Exception as error:
-        if debug:
-            raise
         known = _out_of_memory(error) or _storage(error) or _lost_workers(error) or _bug(error)
-        _report(known)
+        _report(known, debug)
         sys.exit(known.code)
 
 
@@ -96,21 +95,28 @@ def _version(asked: bool) -> None:
 
 
 def _root(
+    context: typer.Context,
     version: bool = typer.Option(False, "--version", help="Print the version.", is_eager=True, callback=_version),
 ) -> None:
     from lora_cli.cli.console import show_notices
+    from lora_cli.cli.floors import check_versions
 
     show_notices()
+    if context.invoked_subcommand not in ANY_VERSION and not HELP & set(sys.argv):
+        check_versions()
 
 
 MOST_LINES = 12
 
 
-def _report(error: UserError) -> None:
-    """On stderr; a worker of ours leaves it to the launcher, which shows one for all."""
-    from lora_cli.cli.console import err, note
+def _report(error: UserError, debug: bool) -> None:
+    """On stderr; a worker of ours leaves it to the launcher, which shows one for all.
 
-    text = _block(error)
+    With `debug`, the traceback of the exception that is being handled, in which foreign text is inert too.
+    """
+    from lora_cli.cli.console import err, inert, note
+
+    text = inert(format_exc()) if debug else _block(error)
     if file := error_file():
         with suppress(OSError):
             file.write_text(text, encoding="utf-8")

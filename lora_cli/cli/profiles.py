@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_cli.errors import Problem, RecipeError
+from lora_cli.errors import Problem, RecipeError, SafetyError
 from lora_cli.recipe.document import MOST_BYTES, Document, Source, parse, shown, visible
 
 FOLDER = Path("configs/launch")
@@ -66,7 +66,8 @@ def read_profile(profile: str) -> Profile:
     if values is None:
         return Profile()
     if not isinstance(values, dict):
-        raise RecipeError(Problem("a launch profile is a block of `key: value`", where=visible(str(file))))
+        what, fix = "a launch profile is a block of `key: value`, and this is not", "name a launch profile"
+        raise RecipeError(Problem(what, where=visible(str(file)), fix=fix))
     problems = [finding.problem for finding in document.findings]
     problems += [
         document.keys[(key,)].problem(*wrong).problem for key, value in values.items() if (wrong := _wrong(key, value))
@@ -104,10 +105,12 @@ def _text(file: Path) -> str:
         with file.open("rb") as opened:
             content = opened.read(MOST_BYTES + 1)
         if len(content) > MOST_BYTES:
-            raise RecipeError(Problem(f"a launch profile has at most {MOST_BYTES // 1_000_000} MB", where=where))
+            what = f"a launch profile has at most {MOST_BYTES // 1_000_000} MB, and this file has more"
+            raise SafetyError(Problem(what, where=where, fix="name a launch profile"))
         return content.decode("utf-8-sig")
     except OSError as error:
-        raise RecipeError(Problem(f"the launch profile can't be read: {error.strerror}", where=where)) from None
+        what = f"the launch profile can't be read: {error.strerror}"
+        raise RecipeError(Problem(what, where=where, fix="make it readable for you")) from None
     except UnicodeDecodeError:
         raise RecipeError(
             Problem("the launch profile is not UTF-8 text", where=where, fix="save it as UTF-8")

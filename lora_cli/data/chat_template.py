@@ -31,15 +31,17 @@ Tools = Sequence[Any]
 
 
 def check_size(tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Raise SafetyError for a template that is longer than any needs to be, ModelError for several without a default."""
-    found = tokenizer.chat_template or ""
-    longest = max(map(len, found.values()), default=0) if isinstance(found, dict) else len(found)
-    if longest > MOST_CHARACTERS:
+    """Raise SafetyError for a template that is longer than any needs to be, ModelError for what is none."""
+    found = tokenizer.chat_template or {}
+    texts = list(found.values()) if isinstance(found, dict) else [found]
+    if not all(isinstance(text, str) for text in texts) or (
+        isinstance(found, dict) and found and "default" not in found
+    ):
+        what = "`chat_template` is not a text, nor several of which one is called `default`"
+        raise ModelError(Problem(what, where=_named(tokenizer), fix="name the one to use `default`, or take it out"))
+    if (longest := max(map(len, texts), default=0)) > MOST_CHARACTERS:
         what = f"the chat template has {longest:,} characters, and {MOST_CHARACTERS:,} is the most that is run"
         raise SafetyError(Problem(what, where=_named(tokenizer), fix=FIX))
-    if isinstance(found, dict) and "default" not in found:
-        what = "the tokenizer has several chat templates, and none of them is called `default`"
-        raise ModelError(Problem(what, where=_named(tokenizer), fix="name the one to use `default`"))
 
 
 def rendered(

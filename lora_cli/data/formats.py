@@ -113,7 +113,7 @@ def tokens(row: Columns) -> Tokens:
         raise BadRow(f"`labels` has {len(labels):,} entries, and `input_ids` {len(input_ids):,}")
     for place, (token, wanted) in enumerate(zip(input_ids, labels, strict=True)):
         if token < 0:
-            raise BadRow(f"`input_ids[{place}]` is {token}, not a token")
+            raise BadRow(f"`input_ids[{place}]` is {token}, not a token", fix="give the tokenizer's numbers, from 0 on")
         if wanted not in (token, IGNORE):
             raise BadRow(
                 f"`labels[{place}]` is {wanted}, and the token there is {token}",

@@ -30,6 +30,8 @@ Row = tuple[RowId, Columns | Problem]
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+JSON_LINE = "write one JSON object a line; `data.bad_rows: skip` leaves such rows out"
+JSON_LIST = "write one list of JSON objects"
 QUOTED = 80  # characters of a line that a message shows
 MOST_LINE_BYTES = 10_000_000  # of a line that is one row: 2.5 million tokens, far above any max_length
 
@@ -217,11 +219,11 @@ def _object(line: str, row: RowId) -> Columns | Problem:
     try:
         value = _loads(line)
     except json.JSONDecodeError as error:
-        return Problem(f"not JSON: {error.msg}", where=f"{row}:{error.colno}", line=quote(line, error.colno))
+        return Problem(f"not JSON: {error.msg}", f"{row}:{error.colno}", quote(line, error.colno), JSON_LINE)
     except ValueError as error:
-        return Problem(f"not JSON: {error}", where=str(row), line=quote(line))
+        return Problem(f"not JSON: {error}", str(row), quote(line), JSON_LINE)
     if not isinstance(value, dict):
-        return Problem(f"a row is an object, not {_kind(value)}", where=str(row), line=quote(line))
+        return Problem(f"a row is an object, not {_kind(value)}", str(row), quote(line), JSON_LINE)
     return value
 
 
@@ -275,11 +277,11 @@ def _json_list(path: Path, source: str) -> list[Any]:
                 f"not JSON: {error.msg}",
                 where=f"{source}:{error.lineno}:{error.colno}",
                 line=quote(lines[error.lineno - 1][1], error.colno),
-                fix="a file with one object a line is called .jsonl" if by_line else "",
+                fix="a file with one object a line is called .jsonl" if by_line else JSON_LIST,
             )
         ) from error
     except ValueError as error:
-        raise DataError(Problem(f"not JSON: {error}", where=source)) from error
+        raise DataError(Problem(f"not JSON: {error}", where=source, fix=JSON_LIST)) from error
     lists = [value]
     if isinstance(value, dict):
         lists = list(value.values())
@@ -308,7 +310,11 @@ def _csv(path: Path, source: str, delimiter: str = ",") -> Iterator[Row]:
         except StopIteration:
             return
         except csv.Error as error:
-            raise DataError(Problem(f"not CSV: {error}", where=str(RowId(source, reader.line_num)))) from error
+            where, fix = (
+                str(RowId(source, reader.line_num)),
+                "close every quotation mark, and double those inside a cell",
+            )
+            raise DataError(Problem(f"not CSV: {error}", where=where, fix=fix)) from error
         read = reader.line_num
         if header is None:
             header = _header(cells, row)
@@ -357,7 +363,9 @@ def _parquet(path: Path, source: str) -> Iterator[Row]:
                     number += 1
                     yield RowId(source, number, is_line=False), columns
     except pyarrow.ArrowException as error:
-        raise DataError(Problem(f"not Parquet: {quote(str(error))}", where=str(path))) from error
+        raise DataError(
+            Problem(f"not Parquet: {quote(str(error))}", where=str(path), fix="get the file anew")
+        ) from error
 
 
 def _txt(path: Path, source: str) -> Iterator[Row]:

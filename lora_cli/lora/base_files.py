@@ -23,6 +23,7 @@ BITS = {
     "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
     "C64": 64, "F64": 64, "I64": 64, "U64": 64,
 }  # fmt: skip
+CONVERT = "take a revision with .safetensors files, or convert it where that can do no harm"
 LFS_POINTER = b"version "  # of the text that stands for a file until it is fetched
 SAMPLED_TENSORS = 24
 SAMPLED_BYTES = 4096
@@ -94,7 +95,7 @@ def weight_files(folder: Path) -> list[Path]:
             Problem(
                 "the base has its weights as a pickle, which can run code when it is read",
                 where=str(folder),
-                fix="take a revision with .safetensors files, or convert it where that can do no harm",
+                fix=CONVERT,
             )
         )
     raise ModelError(
@@ -180,6 +181,9 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _inside(folder: Path, name: str) -> Path:
+    if Path(name).suffix != ".safetensors":
+        what = f"the index names a file that is no safetensors: {name!r}"
+        raise SafetyError(Problem(what, where=str(folder / INDEX), fix=CONVERT))
     if Path(name).name != name:
         raise SafetyError(
             Problem(

@@ -6,8 +6,17 @@ How A and B *start* (kaiming, PiSSA …) is not here: it is a property of a run,
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from math import sqrt
 from typing import TypeVar
+
+from lora_cli.errors import Problem, SafetyError
+from lora_cli.limits import Exceeded, bounded
+
+REPEATS = re.compile(r"[*+?{]")
+MOST_SECONDS = 1  # of processor time to match a pattern with a name
+MOST_BYTES = 1_000_000_000
+SHOWN_CHARACTERS = 80
 
 Value = TypeVar("Value")
 
@@ -61,7 +70,15 @@ class LoRAConfig:
 
 def matches(pattern: str, path: str) -> bool:
     """PEFT's rule for patterns: a regular expression over whole name segments at the end of the module's path."""
-    return re.fullmatch(rf"(.*\.)?({pattern})", path) is not None
+    match = partial(re.fullmatch, rf"(.*\.)?({pattern})", path)
+    if not REPEATS.search(pattern):
+        return match() is not None
+    try:  # a pattern that repeats what repeats may take years to find that it does not match
+        return bounded(match, seconds=MOST_SECONDS, most_bytes=MOST_BYTES) is not None
+    except Exceeded as error:
+        shown = pattern if len(pattern) <= SHOWN_CHARACTERS else pattern[:SHOWN_CHARACTERS] + "…"
+        what = f"the pattern `{shown}` takes more than {error} on the name {path}"
+        raise SafetyError(Problem(what, fix="write it without a repetition inside a repetition")) from error
 
 
 def first_match(patterns: Mapping[str, Value], path: str, default: Value) -> Value:

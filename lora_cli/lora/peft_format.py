@@ -7,7 +7,6 @@ alphas as integers, target_modules as a sorted list. Read strictly: a key or a s
 import json
 import re
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,7 +15,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from lora_cli.errors import ModelError, Problem, SafetyError
-from lora_cli.limits import Exceeded, Result, bounded, read_json
+from lora_cli.limits import read_json
 from lora_cli.lora.adapter import Adapter, Factors
 from lora_cli.lora.base_files import PICKLES, Fingerprint, read_header, read_metadata
 from lora_cli.lora.config import LoRAConfig
@@ -30,8 +29,6 @@ PREFIX = "base_model.model."
 LARGEST_CONFIG_BYTES = 1_000_000
 LARGEST_HEADER_BYTES = 1_000_000  # 126 blocks with 7 targets of 3 tensors each have 0.4 MB
 LARGEST_WEIGHTS_BYTES = 4_000_000_000
-MOST_SECONDS = 10  # of processor time, to understand an adapter's config and names
-MOST_MEMORY = 3 * LARGEST_WEIGHTS_BYTES
 
 # Settings of PEFT that change what an adapter computes and that are not read here: anything but these values is refused.
 NOT_READ: Mapping[str, tuple] = {
@@ -125,7 +122,7 @@ def load_adapter(folder: Path) -> Adapter:
     Raises ModelError for damage or surplus, SafetyError for a pickle and for sizes that no adapter has, DivergedError
     for values that are not finite.
     """
-    config = _in_time(partial(from_peft, _read_config(folder), where=folder / CONFIG), folder)
+    config = from_peft(_read_config(folder), where=folder / CONFIG)
     file = folder / WEIGHTS
     if not file.is_file():
         raise _no_weights(folder)
@@ -142,19 +139,9 @@ def load_adapter(folder: Path) -> Adapter:
         tensors = load_file(file)
     except (SafetensorError, OSError) as error:
         raise ModelError(Problem(f"it is damaged: {error}", where=str(file), fix="copy or train it again")) from error
-    layers = _in_time(partial(_layers, tensors, config, where=file), folder)
-    adapter = Adapter(config, layers, _fingerprint(file))
+    adapter = Adapter(config, _layers(tensors, config, where=file), _fingerprint(file))
     adapter.check_finite(where=str(file))
     return adapter
-
-
-def _in_time(work: Callable[[], Result], folder: Path) -> Result:
-    """Patterns of a foreign config meet foreign names: some take years to find that they don't match."""
-    try:
-        return bounded(work, seconds=MOST_SECONDS, most_bytes=MOST_MEMORY)
-    except Exceeded as error:
-        what = f"its `rank_pattern` or `alpha_pattern` takes more than {error}"
-        raise SafetyError(Problem(what, where=str(folder / CONFIG), fix="don't use this adapter")) from error
 
 
 def to_tensors(adapter: Adapter) -> dict[str, Tensor]:
@@ -254,7 +241,7 @@ def _fingerprint(file: Path) -> Fingerprint | None:
     text = read_metadata(file).get(FINGERPRINT)
     try:
         return Fingerprint.from_json(text) if text else None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(
             Problem("the fingerprint of its base can't be read", where=str(file), fix="copy or train it again")
         ) from error

@@ -42,6 +42,13 @@ ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_a
 # `repository--module.Class`, transformers' way to name code of another repository
 CODE_ELSEWHERE = re.compile(r"\S+--[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 NAMES = ("_name_or_path", "name_or_path")
+# How many of something a model is built of, part by part, and the most that is believed
+MOST_LAYERS, MOST_EXPERTS = 2_000, 20_000
+COUNTS = {
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers"), MOST_LAYERS),
+    **dict.fromkeys(("decoder_layers", "num_decoder_layers", "num_encoder_layers"), MOST_LAYERS),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), MOST_EXPERTS),
+}
 
 
 @dataclass(frozen=True)
@@ -73,9 +80,9 @@ def resolve_base(name: str, revision: str | None = None, *, weights: bool = True
 
 
 def read_config(folder: Path) -> dict:
-    """config.json as plain data."""
+    """config.json as plain data. Raises SafetyError for sizes that would keep this machine busy for ever."""
     try:
-        return read_json(folder / "config.json", fix="download the model again")
+        config = read_json(folder / "config.json", fix="download the model again")
     except FileNotFoundError as error:
         hint = (
             "an adapter is given with `--adapter`"
@@ -83,6 +90,12 @@ def read_config(folder: Path) -> dict:
             else "give a folder that `save_pretrained` wrote"
         )
         raise ModelError(Problem("no config.json: this is no model folder", where=str(folder), fix=hint)) from error
+    for path, value in _entries(config):
+        most = COUNTS.get(path[-1])
+        if most is not None and type(value) in (int, float) and not 0 <= value <= most:
+            what = f"`{'.'.join(path)}: {value}` is no number of parts that a model has: {most:,} is the most here"
+            raise SafetyError(Problem(what, where=str(folder / "config.json"), fix="don't use this model"))
+    return config
 
 
 def refuse_foreign_code(folder: Path) -> None:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from lora_cli.data.types import Example
-from lora_cli.errors import ModelError, Problem, is_out_of_memory, said
+from lora_cli.errors import ModelError, Problem, SafetyError, UserError, is_out_of_memory, said
+from lora_cli.lora.base_files import weight_files
 from lora_cli.models.base import Base, refuse_foreign_code
 from lora_cli.models.quiet import quiet_transformers
 
@@ -31,6 +32,7 @@ BASE_DROPOUTS = (
     "resid_pdrop",
     "embd_pdrop",
 )
+FOREIGN_CODE = "trust_remote_code"  # what transformers asks for
 ATTENTIONS = {"auto": None, "eager": "eager", "sdpa": "sdpa", "flash": "flash_attention_2", "flex": "flex_attention"}
 
 
@@ -61,10 +63,12 @@ def load_model(
     attention: str = "auto",
     device: torch.device | str = "cpu",
 ) -> "PreTrainedModel":
-    """The base in evaluation mode, with no parameter trainable. Raises ModelError for weights that don't fit the config."""
+    """The base in evaluation mode, with no parameter trainable. Raises ModelError for weights that don't fit the config,
+    and SafetyError for pickled ones."""
     from transformers import AutoModelForCausalLM
 
     quiet_transformers()
+    weight_files(base.folder)  # transformers would take a pickle that an index of safetensors names
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             base.folder,
@@ -80,9 +84,7 @@ def load_model(
     except Exception as error:  # whatever the libraries make of foreign files
         if is_out_of_memory(error):
             raise
-        raise ModelError(
-            Problem(f"the base can't be loaded: {said(error)}", where=str(base.folder), fix=_fix(error))
-        ) from error
+        raise _of_foreign_file(f"the base can't be loaded: {said(error)}", base.folder, error, _fix(error)) from error
     _check_complete(base, info)
     model.requires_grad_(False)
     return model.eval()
@@ -99,7 +101,7 @@ def skeleton(folder: Path) -> "PreTrainedModel":
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:
         what = f"the base can't be built from its config: {said(error)}"
-        raise ModelError(Problem(what, where=str(folder / "config.json"), fix=_fix(error))) from error
+        raise _of_foreign_file(what, folder / "config.json", error, _fix(error)) from error
 
 
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
@@ -113,13 +115,8 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     except Exception as error:  # whatever the libraries make of foreign files
         if is_out_of_memory(error):
             raise
-        raise ModelError(
-            Problem(
-                f"the tokenizer can't be loaded: {said(error)}",
-                where=str(folder),
-                fix="copy the tokenizer's files beside the weights",
-            )
-        ) from error
+        fix = "copy the tokenizer's files beside the weights"
+        raise _of_foreign_file(f"the tokenizer can't be loaded: {said(error)}", folder, error, fix) from error
     if tokenizer.eos_token_id is None:
         raise ModelError(
             Problem(
@@ -229,6 +226,15 @@ def _check_complete(base: Base, info: dict) -> None:
     ]
     if problems:
         raise ModelError(*problems)
+
+
+def _of_foreign_file(what: str, where: Path, error: Exception, fix: str) -> UserError:
+    if FOREIGN_CODE in str(error):
+        what = "it brings its own code, and transformers can't load it without"
+        return SafetyError(
+            Problem(what, where=str(where), fix="use a model that transformers has; foreign code is never run")
+        )
+    return ModelError(Problem(what, where=str(where), fix=fix))
 
 
 def _fix(error: Exception) -> str:

@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 from lora_cli.recipe.document import looks_secret
@@ -37,7 +38,12 @@ def _redacted(value: Any, secrets: list[str]) -> Any:
 
 def _secrets() -> list[str]:
     """The longest first, for one may hold another."""
-    found = {value for name, value in os.environ.items() if looks_secret(name) and len(value) >= SHORTEST}
+    return _secrets_of(frozenset(os.environ.items()))
+
+
+@lru_cache(maxsize=1)
+def _secrets_of(environment: frozenset[tuple[str, str]]) -> list[str]:
+    found = {value for name, value in environment if looks_secret(name) and len(value) >= SHORTEST}
     return sorted(found, key=len, reverse=True)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_cli.durable import DOOMED, DRAFT, replace_file, sweep, sync_path
-from lora_cli.errors import Problem, StorageError
+from lora_cli.errors import Problem, SafetyError, StorageError
 from lora_cli.runs import lock
 
 
@@ -56,6 +56,7 @@ class RunFolder:
         """Raise StorageError where a run would meet another one, old or under way, or where there is none to resume."""
         if self.path.exists() and not self.path.is_dir():
             raise StorageError(Problem("the output is a file", where=str(self.path), fix="give a folder with `--out`"))
+        self._refuse_links()
         lock.check_free(self.lock)
         self._check_content(resume=resume, overwrite=overwrite)
 
@@ -65,6 +66,7 @@ class RunFolder:
 
         Nothing but the lock is made before the run begins, and where it can't begin nothing stays.
         """
+        self._refuse_links()
         made = self._made()
         with ExitStack() as locks:
             locks.enter_context(lock.locked(self.lock))
@@ -123,6 +125,22 @@ class RunFolder:
         with suppress(OSError):
             if made:
                 self.path.rmdir()
+
+    def _refuse_links(self) -> None:
+        """Raise SafetyError where writing would follow a symbolic link to somewhere else, which a folder that came from
+        elsewhere may hold."""
+        if self.path.is_symlink() and self.path.resolve().parent != self.path.parent.resolve():
+            raise SafetyError(
+                Problem(
+                    f"the output is a symbolic link, to {self.path.resolve()}",
+                    where=str(self.path),
+                    fix="give that folder itself with `--out`",
+                )
+            )
+        written = (path for pattern in ("*", "checkpoints/*", "checkpoints/*/*") for path in self.path.glob(pattern))
+        if link := next((path for path in written if path.is_symlink()), None):
+            what = "the run folder holds a symbolic link, and a run writes through none"
+            raise SafetyError(Problem(what, where=str(link), fix="remove it, or give another folder with `--out`"))
 
     def _is_empty(self) -> bool:
         """Whether no run has begun here: one that was killed before its first file may have left a lock and drafts."""

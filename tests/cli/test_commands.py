@@ -14,9 +14,7 @@ from running import events, lora_process, write_rows
 from tiny import byte_tokenizer
 from transformers import AutoModelForCausalLM
 
-from lora_cli.cli import main as command_line
 from lora_cli.cli.console import inert
-from lora_cli.errors import UserError
 
 HOSTILE = "\x1b[2J\x1b]8;;http://evil\x07[/bold][link=x]\u202e\x9b31m"
 HEAVY = ("torch", "transformers", "numpy", "accelerate", "datasets", "bitsandbytes", "safetensors")
@@ -158,11 +156,12 @@ def test_what_goes_wrong_inside_has_its_exit_code(error, code, text, lora, recip
     assert "Traceback" not in done.err
 
 
-def test_debug_shows_the_traceback(lora, recipe, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["lora", "train", str(recipe({"lora.r": 0})), "--debug"])
+def test_debug_shows_the_traceback_with_the_same_exit_code_and_inert(lora, recipe):
+    done = lora("train", recipe({"lora.r": 0, "model.base": f"./{HOSTILE}"}), "--debug", code=2)
 
-    with pytest.raises(UserError):
-        command_line.main()
+    assert done.err.startswith("Traceback (most recent call last):")
+    assert "RecipeError: error: `lora.r` must be at least 1, not `0`" in done.err
+    assert not controls(done.out + done.err)
 
 
 def test_json_is_exactly_one_document_on_stdout(lora, trained, tmp_path):
