@@ -1,7 +1,7 @@
 """What a person sees: results on stdout, progress and notices on stderr, errors in one block.
 
-Foreign text (rows, model output, file names) is printed inert: control characters become visible, nothing in it is taken
-for markup, and no secret of the environment is shown.
+Foreign text (rows, model output, file names) is printed inert: control characters become visible, and nothing in it is
+taken for markup. No secret of the environment is shown.
 """
 
 import json
@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lora_cli import wording
 from lora_cli.wording import bytes_text as bytes_text
 from lora_cli.wording import duration as duration
+from lora_cli.wording import inert as inert
 from lora_cli.wording import number as number
 
 # highlight and markup off: text is data
@@ -23,22 +23,14 @@ out = Console(highlight=False, markup=False, emoji=False)
 err = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
-def inert(text: str) -> str:
-    """Foreign text with every control and invisible format character written out, but for line ends and tabs; and
-    without the secrets that this process was started with."""
-    from lora_cli.recipe.secrets import redacted
-
-    return wording.inert(redacted(text))
-
-
 def show(text: str, style: str = "") -> None:
     """A line of the result, on stdout."""
-    out.print(Text(text, style=style), soft_wrap=True)
+    out.print(Text(_without_secrets(text), style=style), soft_wrap=True)
 
 
 def note(text: str, style: str = "") -> None:
     """A line about the progress, on stderr."""
-    err.print(Text(text, style=style), soft_wrap=True)
+    err.print(Text(_without_secrets(text), style=style), soft_wrap=True)
 
 
 def animated() -> bool:
@@ -48,7 +40,7 @@ def animated() -> bool:
 
 def show_json(document: Mapping) -> None:
     """One JSON document on stdout, and nothing else there."""
-    sys.stdout.write(inert(json.dumps(document, indent=2, default=str)) + "\n")
+    sys.stdout.write(_without_secrets(json.dumps(document, indent=2, default=str)) + "\n")
 
 
 def plain_table(*columns: str, title: str | None = None) -> Table:
@@ -65,6 +57,12 @@ def show_notices() -> None:
     logger.handlers = [_Notices()]
     logger.setLevel(logging.INFO)
     logger.propagate = False
+
+
+def _without_secrets(text: str) -> str:
+    from lora_cli.recipe.secrets import redacted
+
+    return redacted(text)
 
 
 class _Notices(logging.Handler):

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from lora_cli.data.sources import MOST_LINE_BYTES, is_path, label, quote, rows
+from lora_cli.data.sources import JSON_LINE, MOST_LINE_BYTES, is_path, label, quote, rows
 from lora_cli.data.types import RowId
 from lora_cli.errors import DataError, Problem
 from lora_cli.recipe.schema import Source
@@ -252,7 +252,7 @@ def test_a_malformed_line_is_named_by_its_line_and_its_character(tmp_path, line,
     (tmp_path / "train.jsonl").write_text("".join(lines))
 
     assert problems(tmp_path) == [
-        Problem("not JSON: Expecting ',' delimiter", where=f"train.jsonl:{line}:16", line='{"text": "é 猫" "b"}')
+        Problem("not JSON: Expecting ',' delimiter", f"train.jsonl:{line}:16", '{"text": "é 猫" "b"}', JSON_LINE)
     ]
 
 
@@ -281,7 +281,7 @@ REFUSED_LINES = {
 def test_a_line_that_only_some_readers_take_is_refused(tmp_path, line, what):
     (tmp_path / "train.jsonl").write_text(f'{{"text": "a"}}\n{line}\n')
 
-    assert problems(tmp_path) == [Problem(what, where="train.jsonl:2", line=quote(line))]
+    assert problems(tmp_path) == [Problem(what, "train.jsonl:2", quote(line), JSON_LINE)]
 
 
 def test_whole_surrogate_pairs_are_characters(tmp_path):
