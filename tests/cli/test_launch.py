@@ -433,11 +433,15 @@ def test_all_that_is_wrong_with_a_profile_is_said_at_once(tmp_path):
     assert [problem.where.rpartition("yaml:")[2] for problem in raised.value.problems] == ["1:1", "2:1"]
 
 
-@pytest.mark.parametrize("content", [b"# " + b"x" * 1_000_000, b"\xff\xfe\x00"], ids=["large", "not text"])
-def test_a_file_that_is_no_profile_is_refused(content, tmp_path):
+@pytest.mark.parametrize(
+    ("content", "error"),
+    [(b"# " + b"x" * 1_000_000, SafetyError), (b"\xff\xfe\x00", RecipeError)],
+    ids=["large", "not text"],
+)
+def test_a_file_that_is_no_profile_is_refused(content, error, tmp_path):
     (tmp_path / "mine.yaml").write_bytes(content)
 
-    with pytest.raises(RecipeError, match="launch profile"):
+    with pytest.raises(error, match="launch profile"):
         read_profile(str(tmp_path / "mine.yaml"))
 
 

@@ -99,7 +99,8 @@ def test_one_bad_row_is_quoted(tmp_path, tokenizer):
     (tmp_path / "train.jsonl").write_text('{"text": "a"}\n{"text": "a" oops}\n')
 
     assert refused(tmp_path, tokenizer) == (
-        'error: not JSON: Expecting \',\' delimiter\n  --> train.jsonl:2:14\n     | {"text": "a" oops}'
+        'error: not JSON: Expecting \',\' delimiter\n  --> train.jsonl:2:14\n     | {"text": "a" oops}\n'
+        "  fix: write one JSON object a line; `data.bad_rows: skip` leaves such rows out"
     )
 
 
