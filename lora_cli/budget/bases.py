@@ -1,11 +1,13 @@
 """Where the shape of a base is found: its folder, the built-in catalogue, the hub's cache on this machine, the hub."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from lora_cli.budget import catalogue
-from lora_cli.budget.shapes import ModelShape, shape_of
+from lora_cli.budget.params import Whole
+from lora_cli.budget.shapes import Config, ModelShape, shape_of
 from lora_cli.errors import ModelError, Problem
 from lora_cli.models.base import hub_folder, read_config
 from lora_cli.models.gguf import converted_folder
@@ -15,28 +17,49 @@ CATALOGUE = "catalogue"
 
 @dataclass(frozen=True)
 class MeasuredBase:
-    """A base in numbers, and where they come from: the catalogue, or the folder of its config.json."""
+    """A base in numbers, and where they come from: the catalogue, or the folder of its config.json.
+
+    `whole` are the modules trained whole, where any are asked for.
+    """
 
     name: str
     source: str
     shape: ModelShape
+    whole: tuple[Whole, ...] = ()
 
 
-def measure_base(name: str, revision: str | None = None) -> MeasuredBase:
+def measure_base(
+    name: str, revision: str | None = None, *, labels: Sequence[str] = (), modules_to_save: Sequence[str] = ()
+) -> MeasuredBase:
     """The base that `name` means: a folder, a GGUF file, a name of the catalogue, or a hub id.
 
+    Under a head with an output for each of the `labels`, and with `modules_to_save` trained whole, where they are given.
     A GGUF file is converted once (some seconds, with torch). Raises ModelError where there is no such base, where the hub
     is needed and doesn't answer, or for an unknown architecture.
     """
     entry = catalogue.find(name)
     folder = Path(name).expanduser()
     if entry and not (folder / "config.json").is_file():
-        return MeasuredBase(entry.name, CATALOGUE, shape_of(entry.config))
+        return _measured(entry.name, CATALOGUE, entry.config, labels, modules_to_save)
     if folder.suffix == ".gguf" and folder.is_file():
         folder = converted_folder(folder)
     elif not folder.is_dir():
         folder = _in_hub_cache(name, revision or "main") or _from_hub(name, revision)
-    return MeasuredBase(name, str(folder), shape_of(read_config(folder), where=str(folder / "config.json")))
+    return _measured(name, str(folder), read_config(folder), labels, modules_to_save)
+
+
+def _measured(
+    name: str, source: str, config: Config, labels: Sequence[str], modules_to_save: Sequence[str]
+) -> MeasuredBase:
+    where = str(Path(source) / "config.json") if source != CATALOGUE else ""
+    if not labels and not modules_to_save:
+        return MeasuredBase(name, source, shape_of(config, where=where))
+    from lora_cli.budget.modules import build, shape_of_modules, whole_of, whole_paths
+    from lora_cli.models.heads import Head
+
+    model = build(config, Head(tuple(labels)) if labels else None, where=where)
+    whole = whole_of(model, whole_paths(model, modules_to_save))
+    return MeasuredBase(name, source, shape_of_modules(model), tuple(whole))
 
 
 def _in_hub_cache(name: str, revision: str) -> Path | None:

@@ -33,19 +33,35 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Whole:
+    """A module that is trained whole: one of the base, or a new one on top of it."""
+
+    module: str
+    parameters: int
+    new: bool
+
+
+@dataclass(frozen=True)
 class Budget:
     """The parameters of a base with its adapter; `share` is what is trained of all."""
 
     rows: tuple[Row, ...]
     base: int
+    whole: tuple[Whole, ...] = ()
 
     @property
     def trainable(self) -> int:
+        return self.low_rank + sum(module.parameters for module in self.whole)
+
+    @property
+    def low_rank(self) -> int:
+        """Of all A and B, and magnitudes."""
         return sum(row.parameters for row in self.rows)
 
     @property
     def total(self) -> int:
-        return self.base + self.trainable
+        """What is trained whole in the place of a base's module adds nothing."""
+        return self.base + self.low_rank + sum(module.parameters for module in self.whole if module.new)
 
     @property
     def share(self) -> float:
@@ -60,11 +76,13 @@ class Budget:
         return f"{self.trainable:,} of {self.total:,} ({100 * self.share:.4f} %)"
 
 
-def budget_of(adapted: Sequence[Linear], base_parameters: int, config: LoRAConfig) -> Budget:
-    """The budget of an adapter over the linears `adapted`, which `config` gives a rank each."""
+def budget_of(
+    adapted: Sequence[Linear], base_parameters: int, config: LoRAConfig, whole: Sequence[Whole] = ()
+) -> Budget:
+    """The budget of an adapter over the linears `adapted`, which `config` gives a rank each, and of what is trained whole."""
     kinds = Counter(_kind(linear, config) for linear in adapted)
     rows = tuple(Row(*kind, count=count, each=_each(kind, config)) for kind, count in kinds.items())
-    return Budget(rows, base_parameters)
+    return Budget(rows, base_parameters, tuple(whole))
 
 
 Kind = tuple[str, int, int, int]  # name, in, out, r
@@ -94,19 +112,20 @@ def adapted_linears(
     *,
     exclude: Iterable[str] = (),
     layers: Collection[int] | None = None,
+    whole: Collection[str] = (),
 ) -> list[Linear]:
     """The linears of a base that `targets` name, chosen as on the real modules."""
     linears = {linear.path: linear for linear in shape.linears}
-    chosen = choose_targets(targets, list(linears), head=shape.head, exclude=exclude, layers=layers)
+    chosen = choose_targets(targets, list(linears), head=shape.head, exclude=exclude, layers=layers, whole=whole)
     return [linears[path] for path in chosen]
 
 
-def largest_r(adapted: Sequence[Linear], config: LoRAConfig, limit: int) -> int:
-    """The largest `config.r` with which the adapter trains at most `limit` parameters.
+def largest_r(adapted: Sequence[Linear], config: LoRAConfig, limit: int, whole: Sequence[Whole] = ()) -> int:
+    """The largest `config.r` with which the adapter trains at most `limit` parameters, what is trained whole with it.
 
     Raises RecipeError when r = 1 is already more, or when `rank_pattern` leaves nothing to choose.
     """
-    one, two = (budget_of(adapted, 0, replace(config, r=r)).trainable for r in (1, 2))
+    one, two = (budget_of(adapted, 0, replace(config, r=r), whole).trainable for r in (1, 2))
     if one == two:
         raise RecipeError(Problem("`--budget` has no r to choose: `lora.rank_pattern` sets the rank of every module"))
     if one > limit:

@@ -6,6 +6,7 @@ import typer
 
 from lora_cli.cli.options import JsonOption, RecipeArgument, SetOption
 
+SHOWN_LABELS = 20
 BAR = 24  # characters of the longest
 STYLES = {"fail": "bold red", "warn": "yellow", "ok": "green"}
 
@@ -51,10 +52,8 @@ def _show_figures(figures) -> None:
 
     lines = [
         ("rows", _rows(figures)),
-        (
-            "tokens",
-            f"{figures.tokens:,}, trained {figures.trained_tokens:,} ({figures.trained_tokens / figures.tokens:.1%})",
-        ),
+        ("tokens", _tokens(figures)),
+        *(("label", line) for line in _labels(figures)),
         *(("source", line) for line in _sources(figures)),
         ("length", _cut(figures)),
         *(("", line) for line in _bars(figures.histogram)),
@@ -71,6 +70,19 @@ def _rows(figures) -> str:
     parts.append(f"{figures.train:,} examples to train on, {figures.held_out:,} held out")
     parts += [f"{count:,} left out ({reason})" for reason, count in report.dropped.items()]
     return "; ".join(parts)
+
+
+def _tokens(figures) -> str:
+    if figures.report.labels:
+        return f"{figures.tokens:,}"
+    return f"{figures.tokens:,}, trained {figures.trained_tokens:,} ({figures.trained_tokens / figures.tokens:.1%})"
+
+
+def _labels(figures) -> list[str]:
+    labels = figures.report.labels
+    total = sum(labels.values())
+    lines = [f"{name}: {count:,} ({count / total:.1%})" for name, count in list(labels.items())[:SHOWN_LABELS]]
+    return lines + ([f"… and {len(labels) - SHOWN_LABELS:,} more"] if len(labels) > SHOWN_LABELS else [])
 
 
 def _sources(figures) -> list[str]:

@@ -80,13 +80,14 @@ def _show_example(prepared, example, borders: bool) -> None:
 
     trained = sum(weight > 0 for weight in example.weights)
     side = " · held out" if prepared.is_held_out(example) else ""
-    header = (
-        f"{inert(str(example.row))} · {len(example.input_ids)} tokens · {trained} trained · cut {example.cut}{side}"
-    )
+    label = prepared.label(example)
+    learned = f"{trained} trained" if label is None else f"label {inert(label)}"
+    header = f"{inert(str(example.row))} · {len(example.input_ids)} tokens · {learned} · cut {example.cut}{side}"
     show(f"─── {header}", style="bold")
     coloured = out.color_system is not None and not out.no_color
     line = Text()
-    for weight, texts in _spans(prepared.texts(example), example.weights):
+    weights = example.weights if label is None else [0.0] * len(example.weights)  # its label is learned, no token
+    for weight, texts in _spans(prepared.texts(example), weights):
         text = (BORDER if borders else "").join(_visible(text) for text in texts)
         mark = "" if weight in (0, 1) else f"×{weight:g}"
         if weight and not coloured:
@@ -114,6 +115,7 @@ def _as_json(prepared, example) -> dict:
         "row": example.row.number,
         "held_out": prepared.is_held_out(example),
         "cut": example.cut,
+        **({} if example.label is None else {"label": prepared.label(example)}),
         "input_ids": example.input_ids,
         "texts": prepared.texts(example),
         "weights": example.weights,

@@ -8,16 +8,24 @@ def show_dry_run(loaded: LoadedRecipe) -> None:
     from lora_cli.budget.params import adapted_linears, budget_of
     from lora_cli.cli.console import bytes_text, show
     from lora_cli.recipe.reader import resolved_yaml
+    from lora_cli.runs.planned import labels_to_learn
 
     show(resolved_yaml(loaded).rstrip())
     recipe = loaded.recipe
-    base = measure_base(recipe.model.base, recipe.model.revision)
-    adapted = adapted_linears(base.shape, recipe.lora.targets, exclude=recipe.lora.exclude, layers=recipe.lora.layers)
-    config = recipe.lora.config()
-    budget = budget_of(adapted, base.shape.parameters, config)
+    lora, labels = recipe.lora, labels_to_learn(loaded)
+    base = measure_base(
+        recipe.model.base,
+        recipe.model.revision,
+        labels=labels.names if labels else (),
+        modules_to_save=lora.modules_to_save,
+    )
+    paths = [module.module for module in base.whole]
+    adapted = adapted_linears(base.shape, lora.targets, exclude=lora.exclude, layers=lora.layers, whole=paths)
+    config = lora.config()
+    budget = budget_of(adapted, base.shape.parameters, config, base.whole)
     show("")
     show(
-        f"trains {budget} parameters in {len(adapted)} modules, "
+        f"trains {budget} parameters in {len(adapted) + len(paths)} modules, "
         f"scale {config.scale:g}; the adapter's file has {bytes_text(budget.adapter_bytes)}"
     )
     show(_steps(loaded))

@@ -50,7 +50,7 @@ def eval_(
 def _compare(recipe, adapter, base, data, overrides, allow):
     from lora_cli.recipe.reader import read_recipe
     from lora_cli.recipe.schema import Model
-    from lora_cli.runs.evaluate import compare, load_pair, rows_of_recipe
+    from lora_cli.runs.evaluate import check_task, compare, load_pair, rows_of_recipe
     from lora_cli.runs.rows import rows_of_file
 
     found = read_recipe(recipe, overrides) if recipe else None
@@ -60,15 +60,20 @@ def _compare(recipe, adapter, base, data, overrides, allow):
     if found and adapter is None:
         adapter = Path(found.recipe.output)
     pair = load_pair(adapter, model, allow_base_mismatch=allow)
+    if found:
+        check_task(pair, found, adapter)
     rows = (
-        rows_of_file(data, pair.tokenizer, found.recipe.data if found else None)
+        rows_of_file(data, pair.tokenizer, found.recipe.data if found else None, pair.labels or None)
         if data
-        else rows_of_recipe(found, pair.tokenizer)
+        else rows_of_recipe(found, pair)
     )
     return compare(pair, *rows), pair.base.name
 
 
 def _show(comparison) -> None:
+    if comparison.majority:
+        _show_classes(comparison)
+        return
     from lora_cli.cli.console import inert, number, out, plain_table, show
 
     table = plain_table("", "loss", "perplexity")
@@ -88,16 +93,35 @@ def _show(comparison) -> None:
     show(f"{number(comparison.base.rows)} rows, {number(comparison.base.tokens)} trained tokens, nats a token")
 
 
+def _show_classes(comparison) -> None:
+    from lora_cli.cli.console import inert, number, out, plain_table, show
+
+    table = plain_table("", "loss", "accuracy", "macro-F1")
+    majority = comparison.majority
+    table.add_row(f"always {inert(majority.label)}", "–", *map(_figure, majority.metrics.values()))
+    for name, found in (("base", comparison.base), ("base + adapter", comparison.adapter)):
+        if found:
+            table.add_row(name, f"{found.loss:.4f}", *map(_figure, found.metrics.values()), style="bold")
+    out.print(table)
+    rows = (comparison.adapter or comparison.base).rows
+    show(f"{number(rows)} rows, {len(comparison.report.labels)} labels; the most common one is the baseline")
+
+
+def _figure(value: float) -> str:
+    return f"{value:.4f}"
+
+
 def _as_json(comparison, name: str) -> dict:
     measured = {"base": comparison.base, "adapter": comparison.adapter}
-    return {
-        "model": name,
-        "rows": comparison.base.rows,
-        "tokens": comparison.base.tokens,
-        **{key: _figures(found) for key, found in measured.items() if found},
-    }
+    found = comparison.base or comparison.adapter
+    document = {"model": name, "rows": found.rows}
+    if majority := comparison.majority:
+        document |= {"labels": comparison.report.labels, "majority": {"label": majority.label, **majority.metrics}}
+    else:
+        document |= {"tokens": found.tokens}
+    return document | {key: _figures(one) for key, one in measured.items() if one}
 
 
 def _figures(found) -> dict:
-    by_source = {"sources": dict(found.sources)} if found.sources else {}
-    return {"loss": found.loss, "perplexity": found.perplexity} | by_source
+    beside = dict(found.metrics) or {"perplexity": found.perplexity}
+    return {"loss": found.loss} | beside | ({"sources": dict(found.sources)} if found.sources else {})

@@ -87,7 +87,7 @@ def read_order(
         transposed,
         base=found,
         dtype=DTYPES[dtype] if dtype else None,
-        token_rows=_rows(folder, found.folder, data),
+        token_rows=_rows(folder, found.folder, data, adapter.labels),
         device=proof_device(found.folder),
         allow_base_mismatch=allow_base_mismatch,
     )
@@ -99,6 +99,8 @@ def show_merge(report: "MergeReport", adapter: Path) -> None:
 
     show(f"merged   {inert(str(adapter))} into {inert(report.base)}", style="bold")
     show(f"         {report.tensors} weights changed · {bytes_text(report.bytes)} · {' and '.join(report.dtypes)}")
+    if report.whole:
+        show(f"         trained whole, and written as trained: {', '.join(report.whole)}")
     for line in [*_base_lines(report), *_proof_lines(report), *_storage_lines(report)]:
         show(line)
     show(f"written  {inert(str(report.out))}: a plain transformers folder, ready for `lora eval`, vLLM and others")
@@ -141,11 +143,11 @@ def _base_lines(report: "MergeReport") -> list[str]:
 def _proof_lines(report: "MergeReport") -> list[str]:
     proof = report.proof
     return [
-        f"proof    base + adapter and the merged model read the same {proof.positions} tokens ({proof.computed_in})",
+        f"proof    base + adapter and the merged model read the same {proof.positions} {proof.position}s ({proof.computed_in})",
         f"         largest logit difference {proof.largest_logit_difference:.2g}, where logits go up to "
         f"{proof.largest_logit:.3g}",
-        f"         KL {proof.kl:.2g} nats a token; the adapter itself moves {proof.adapter_kl:.2g}",
-        f"         same first choice at {proof.same_top1:.1%} of the tokens",
+        f"         KL {proof.kl:.2g} nats a {proof.position}; the adapter itself moves {proof.adapter_kl:.2g}",
+        f"         same first choice at {proof.same_top1:.1%} of the {proof.position}s",
     ]
 
 
@@ -161,7 +163,7 @@ def _storage_lines(report: "MergeReport") -> list[str]:
     return [first + much, f"         less would be lost with {choices}"]
 
 
-def _rows(adapter: Path, base: Path, data: str | None) -> tuple[tuple[int, ...], ...]:
+def _rows(adapter: Path, base: Path, data: str | None, labels: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
     """The rows of the proof: the file's, those of the run, else sentences and code of our own."""
     from lora_cli.export.proof import SENTENCES, token_rows
     from lora_cli.models.load import load_tokenizer, tokenizer_folder
@@ -170,9 +172,9 @@ def _rows(adapter: Path, base: Path, data: str | None) -> tuple[tuple[int, ...],
 
     if not data and (kept := rows_for_proof(adapter)):
         return tuple(map(tuple, kept))
-    tokenizer = load_tokenizer(tokenizer_folder(adapter, base))
+    tokenizer = load_tokenizer(tokenizer_folder(adapter, base), writes=not labels)
     if data:
-        return tuple(tuple(example.input_ids) for example in rows_of_file(data, tokenizer)[0])
+        return tuple(tuple(example.input_ids) for example in rows_of_file(data, tokenizer, labels=labels or None)[0])
     return tuple(map(tuple, token_rows(SENTENCES, tokenizer)))
 
 

@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from lora_cli.budget.bases import MeasuredBase
     from lora_cli.budget.memory import Method
     from lora_cli.budget.params import Budget
-    from lora_cli.recipe.schema import LoRA, Recipe
+    from lora_cli.recipe.reader import LoadedRecipe
+    from lora_cli.recipe.schema import LoRA
+    from lora_cli.runs.planned import LabelsToLearn
 
 
 def params(
@@ -64,24 +66,39 @@ def _answer(path: Path | None, model: str | None, given: dict[str, object], limi
     from lora_cli.budget.catalogue import DEFAULT_MODEL
     from lora_cli.budget.memory import compare
     from lora_cli.budget.params import adapted_linears, budget_of
+    from lora_cli.recipe.reader import read_recipe
     from lora_cli.recipe.schema import LoRA
 
-    recipe = _read(path) if path else None
+    found = read_recipe(path) if path else None
+    recipe = found.recipe if found else None
     lora = (recipe.lora if recipe else LoRA()).model_copy(update=given)
     revision = recipe.model.revision if recipe and not model else None
-    base = measure_base(model or (recipe.model.base if recipe else DEFAULT_MODEL), revision)
-    adapted = adapted_linears(base.shape, lora.targets, exclude=lora.exclude, layers=lora.layers)
+    labels = _labels(found) if found else None
+    base = measure_base(
+        model or (recipe.model.base if recipe else DEFAULT_MODEL),
+        revision,
+        labels=labels.names if labels else (),
+        modules_to_save=lora.modules_to_save,
+    )
+    paths = [module.module for module in base.whole]
+    adapted = adapted_linears(base.shape, lora.targets, exclude=lora.exclude, layers=lora.layers, whole=paths)
     if limit:
         lora = lora.model_copy(update={"r": _solve(limit, lora, adapted, base, given)})
-    budget = budget_of(adapted, base.shape.parameters, lora.config())
+    budget = budget_of(adapted, base.shape.parameters, lora.config(), base.whole)
     notes = _notes(base, lora, budget, [linear.path for linear in adapted])
+    notes += (labels.note,) if labels and labels.note else ()
     return Answer(base, lora, budget, compare(base.shape, budget), notes)
 
 
-def _read(path: Path) -> "Recipe":
-    from lora_cli.recipe.reader import read_recipe
+def _labels(found: "LoadedRecipe") -> "LabelsToLearn | None":
+    """What a recipe classifies rows as; None, and no torch, where it classifies nothing."""
+    from lora_cli.recipe.schema import labels_of
 
-    return read_recipe(path).recipe
+    if labels_of(found.recipe.training) is None:
+        return None
+    from lora_cli.runs.planned import labels_to_learn
+
+    return labels_to_learn(found)
 
 
 def _targets(text: str | None) -> str | list[str] | None:
@@ -96,7 +113,7 @@ def _solve(limit: str, lora: "LoRA", adapted: list, base: "MeasuredBase", given:
 
     if "r" in given:
         raise RecipeError(Problem("`--budget` finds r, and `--r` sets it", fix="give one of the two"))
-    return largest_r(adapted, lora.config(), parse_limit(limit, base.shape.parameters))
+    return largest_r(adapted, lora.config(), parse_limit(limit, base.shape.parameters), base.whole)
 
 
 def _notes(base: "MeasuredBase", lora: "LoRA", budget: "Budget", paths: list[str]) -> tuple[str, ...]:
@@ -146,7 +163,9 @@ def _modules(budget: "Budget", *, use_dora: bool) -> "Table":
         shape = f"{number(row.in_features)} → {number(row.out_features)}"
         counts = (row.r, row.count, row.each, row.parameters)
         table.add_row(row.module, shape, *map(number, counts))
-    modules = sum(row.count for row in budget.rows)
+    for module in budget.whole:
+        table.add_row(f"{module.module} (whole{', new' * module.new})", "", "", "1", "", number(module.parameters))
+    modules = sum(row.count for row in budget.rows) + len(budget.whole)
     return _ruled(table, "sum", "", "", number(modules), "", number(budget.trainable))
 
 
@@ -192,6 +211,7 @@ def _document(answer: Answer) -> dict:
             "use_dora": lora.use_dora,
         },
         "modules": [{**asdict(row), "parameters": row.parameters} for row in budget.rows],
+        "whole": [asdict(module) for module in budget.whole],
         "trainable": budget.trainable,
         "total": budget.total,
         "share": budget.share,

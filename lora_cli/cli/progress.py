@@ -75,10 +75,7 @@ class Display(AbstractContextManager):
                 self._step(event)
             case Evaluated():
                 self.evaluations.append(event)
-                note(
-                    f"step {event.step:>5}  held-out loss {event.loss:.4f}  perplexity {event.perplexity:.2f}",
-                    style="bold",
-                )
+                note(f"step {event.step:>5}  held-out loss {event.loss:.4f}  {_measured(event)}", style="bold")
                 for source, loss in event.sources.items():
                     note(f"            {loss:.4f}  {inert(source)}")
             case Sampled():
@@ -119,9 +116,12 @@ class Display(AbstractContextManager):
             show(f"the adapter is that of step {finished.adapter_step}, where the held-out loss was lowest")
         if len(self.evaluations) > 1:
             before, after = self.evaluations[0], self._evaluation_of_the_result()
-            show(
-                f"held-out loss {before.loss:.4f} → {after.loss:.4f}, perplexity {before.perplexity:.1f} → {after.perplexity:.1f}"
-            )
+            figures = [f"held-out loss {before.loss:.4f} → {after.loss:.4f}"]
+            figures += [
+                f"{_named(name)} {before.metrics[name]:.3f} → {found:.3f}" for name, found in after.metrics.items()
+            ]
+            figures += [] if after.metrics else [f"perplexity {before.perplexity:.1f} → {after.perplexity:.1f}"]
+            show(", ".join(figures))
         show(
             f"adapter: {folder}, {number(adapter.parameters)} parameters; read back equal to what was trained; the base is unchanged"
         )
@@ -130,7 +130,8 @@ class Display(AbstractContextManager):
         show(f"report: {self.run.folder.report}")
         show("")
         show("next:")
-        show(f"  lora generate --adapter {folder} --prompt '…'     base and adapter side by side")
+        if not self.run.rows.labels:
+            show(f"  lora generate --adapter {folder} --prompt '…'     base and adapter side by side")
         show(f"  lora eval {folder / 'recipe.yaml'} --adapter {folder}")
         show(f"  lora merge --adapter {folder}")
 
@@ -149,6 +150,8 @@ class Display(AbstractContextManager):
                 str(row.count),
                 number(row.parameters),
             )
+        for module in budget.whole:
+            table.add_row(module.module, "new, whole" if module.new else "whole", "", "1", number(module.parameters))
         err.print(table)
         note(f"trains {budget} parameters, scale {run.config.scale:g}, adapter {bytes_text(budget.adapter_bytes)}")
         note(f"data: {inert(run.rows.report.summary())}")
@@ -178,6 +181,16 @@ def diagnosis_lines(findings: Sequence[Finding]) -> list[str]:
     """The most pressing findings, one a line; what went well needs no advice."""
     shown = [finding for finding in findings if finding.level != "good"][:MOST_FINDINGS]
     return [f"{'!' if finding.level == 'problem' else '·'} {inert(finding.line())}" for finding in shown]
+
+
+def _measured(event: Evaluated) -> str:
+    """What says most beside the loss: the objective's own figures, else the perplexity."""
+    figures = [f"{_named(name)} {value:.4f}" for name, value in event.metrics.items()]
+    return "  ".join(figures) or f"perplexity {event.perplexity:.2f}"
+
+
+def _named(metric: str) -> str:
+    return metric.replace("_", "-").replace("f1", "F1")
 
 
 def _forward(layout: Layout) -> str:

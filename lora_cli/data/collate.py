@@ -8,6 +8,9 @@ example is predicted from the one before it.
 
 Padding is known by its position, never by its id: it is token 0, which a row may hold as well. It stands to the right,
 where a causal model never sees it, so rows of one example need no attention mask.
+
+Rows that are classified have one label each and no tokens to predict. Encoders see in both directions, so there the
+padding is told by a mask.
 """
 
 from collections.abc import Sequence
@@ -15,6 +18,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.nn.utils import rnn
 
 from lora_cli.data.types import IGNORE, Batch, Example
 
@@ -26,6 +30,8 @@ def collate(rows: Sequence[Row], sources: Sequence[str] = ()) -> Batch:
 
     With `sources`, it tells which of them each token is from.
     """
+    if rows[0][0].label is not None:
+        return _classified([example for [example] in rows], sources)
     shape = (len(rows), max(map(length, rows)))
     input_ids = torch.zeros(shape, dtype=torch.int64)
     labels = torch.full(shape, IGNORE)
@@ -51,6 +57,23 @@ def blank(example: Example) -> Example:
     return replace(example, weights=[0.0] * len(example.weights))
 
 
+def _classified(examples: Sequence[Example], sources: Sequence[str]) -> Batch:
+    mask = _padded([torch.ones(len(example.input_ids), dtype=torch.int64) for example in examples])
+    batch = Batch(
+        input_ids=_padded([torch.tensor(example.input_ids) for example in examples]),
+        labels=torch.tensor([example.label for example in examples]),
+        weights=torch.tensor([example.items for example in examples]),
+        attention_mask=mask,
+    )
+    if any(example.segments for example in examples):
+        segments = [torch.tensor(example.segments or [0] * len(example.input_ids)) for example in examples]
+        batch["token_type_ids"] = _padded(segments)
+    if sources:
+        of_source = [[example.row.source == source for example in examples] for source in sources]
+        batch["sources"] = torch.tensor(of_source)
+    return batch
+
+
 def _borders(rows: Sequence[Row], width: int) -> dict[str, Tensor]:
     """`documents` and `places`, [batch, time]; the padding of a row counts as a document of its own."""
     sizes = [[len(example.input_ids) for example in row] + [width - length(row)] for row in rows]
@@ -69,3 +92,8 @@ def _from_sources(rows: Sequence[Row], width: int, sources: Sequence[str]) -> Te
             found[sources.index(example.row.source), i, start : end - 1] = True
             start = end
     return found
+
+
+def _padded(rows: Sequence[Tensor]) -> Tensor:
+    """[batch, time], with zeros to the right."""
+    return rnn.pad_sequence(list(rows), batch_first=True)

@@ -1,4 +1,4 @@
-"""What the columns of a row mean: row -> Conversation, Instruction, Text or Tokens. One function a format, their table.
+"""What the columns of a row mean: row -> Conversation, Instruction, Text, Tokens or Labelled. One function a format, their table.
 
 Every function raises BadRow where the row does not fit, and NothingToLearn where it fits but has an empty answer.
 """
@@ -17,6 +17,7 @@ from lora_cli.data.types import (
     Conversation,
     Instruction,
     Item,
+    Labelled,
     Message,
     NothingToLearn,
     Span,
@@ -54,8 +55,8 @@ class Format:
 
 
 def detect(columns: Collection[str]) -> str | None:
-    """The first format of the table whose columns are there."""
-    return next((name for name, format in FORMATS.items() if format.fits(columns)), None)
+    """The first format of the table whose columns are there; `labelled` is chosen by the objective, never by columns."""
+    return next((name for name, format in FORMATS.items() if name != LABELLED and format.fits(columns)), None)
 
 
 def _chosen(synonyms: tuple[str, ...], columns: Collection[str]) -> str | None:
@@ -126,6 +127,17 @@ def tokens(row: Columns) -> Tokens:
     if not any(weights):
         raise NothingToLearn("no token has a label")
     return Tokens(tuple(input_ids), tuple(weights))
+
+
+def labelled(row: Columns) -> Labelled:
+    """{"text", "label", "text_pair"?}: a text, perhaps two, and its class: a word or a whole number."""
+    label = row.get("label")
+    if label is None:
+        raise BadRow("`label` is missing")
+    if type(label) not in (str, int) or not str(label).strip():
+        raise BadRow(f"`label` is no word and no whole number: {quote(str(label))}")
+    pair = _string(row, "text_pair") if row.get("text_pair") is not None else None
+    return Labelled(_answer(row, "text"), str(label), pair)
 
 
 def _ids(row: Columns, name: str) -> list[int]:
@@ -236,6 +248,7 @@ def _string(row: Columns, name: str, place: str = "") -> str:
     return value
 
 
+LABELLED = "labelled"
 COMPLETIONS = ("completion", "response", "output")
 
 # In the order in which `auto` tries them: tatsu-lab/alpaca, for one, has a `text` column beside its three
@@ -246,4 +259,5 @@ FORMATS: dict[str, Format] = {
     "alpaca": Format((("instruction",), ("output",)), alpaca, takes=("input",)),
     "completion": Format((("prompt",), COMPLETIONS), completion),
     "text": Format((("text",),), text),
+    LABELLED: Format((("text",), ("label",)), labelled, takes=("text_pair",)),
 }

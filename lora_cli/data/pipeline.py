@@ -10,6 +10,7 @@ weight or share says: so after some epochs all its rows have come equally often,
 import difflib
 import logging
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,10 +23,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from lora_cli.data.formats import FORMATS, Format, detect, known_columns, templated
+from lora_cli.data.formats import FORMATS, LABELLED, Format, detect, known_columns, templated
 from lora_cli.data.render import Renderer, truncate
 from lora_cli.data.sources import Columns, label, quote, rows
-from lora_cli.data.types import BadRow, Example, Item, NothingToLearn, RowId
+from lora_cli.data.types import BadRow, Example, Item, Labelled, NothingToLearn, RowId
 from lora_cli.errors import DataError, Problem, RecipeError
 from lora_cli.recipe.schema import Source, sources_of
 
@@ -39,6 +40,7 @@ Progress = Callable[[int, int], None]
 MAX_DROPPED = 0.05  # share of the rows that may be left out before it is an error
 NAMED_ROWS = 10  # rows that a message names
 PEEKED_ROWS = 10  # rows that `format: auto` looks at
+WHOLE_NUMBER = re.compile(r"-?[0-9]{1,18}")
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ class DataReport:
     prompts: Spread
     fingerprint: str  # of all tokens and weights, in order
     sources: dict[str, SourceReport]  # by name, in the order of the recipe
+    labels: dict[str, int] = field(default_factory=dict)  # label -> examples, in the order of the head's outputs
 
     @property
     def format(self) -> str:
@@ -90,10 +93,10 @@ class DataReport:
 
     def summary(self) -> str:
         """One line: `1,451 rows (alpaca), 84,168 trained tokens of 144,734; 3 left out (empty answer)`."""
-        parts = [
-            f"{self.rows:,} rows ({', '.join(sorted(set(self.formats.values())))}), "
-            f"{self.trained_tokens:,} trained tokens of {self.tokens:,}"
-        ]
+        learned = f"{self.trained_tokens:,} trained tokens of {self.tokens:,}"
+        if self.labels:
+            learned = f"{len(self.labels):,} labels, {self.tokens:,} tokens"
+        parts = [f"{self.rows:,} rows ({', '.join(sorted(set(self.formats.values())))}), {learned}"]
         if self.examples != self.used:
             parts.append(f"{self.examples:,} examples, for the chat template renders earlier turns anew")
         parts += [f"{count:,} left out ({reason})" for reason, count in self.dropped.items()]
@@ -112,6 +115,7 @@ class _Parsed:
     items: list[tuple[RowId, Item]] = field(default_factory=list)
     bad: list[Problem] = field(default_factory=list)
     empty: list[Problem] = field(default_factory=list)
+    learned: str = "answer"  # what a row is empty without
 
 
 def load_examples(
@@ -125,21 +129,35 @@ def load_examples(
     template: str | None = None,
     train_on: str = "answers",
     bad_rows: str = "error",
+    labels: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> tuple[list[Example], DataReport]:
     """All examples of the sources, one source after the other, each with at least one trained token.
 
-    The options are the keys of the recipe's `data`; `progress` gets (rows rendered, rows in all). Raises DataError for
-    rows that cannot be used, all of them at once (with `bad_rows: skip`, for more than MAX_DROPPED of them), and if
-    more than MAX_DROPPED of the rows have nothing to learn.
+    The options are the keys of the recipe's `data`; `progress` gets (rows rendered, rows in all). `labels` are what rows
+    are classified as, where they are: none at all stand for those that the rows have. Raises DataError for rows that
+    cannot be used, all of them at once (with `bad_rows: skip`, for more than MAX_DROPPED of them), and if more than
+    MAX_DROPPED of the rows have nothing to learn.
     """
-    entries, parsed = sources_of(sources), _Parsed()
+    entries, parsed = sources_of(sources), _Parsed(learned="answer" if labels is None else "text")
+    if labels is not None and format == "auto":
+        format = LABELLED
     for source in entries:
         _parse(_with_defaults(source, format, columns, template), folder, template, parsed)
     _refuse(parsed, bad_rows)  # before the time for rendering is spent
-    rendered = _render(parsed, Renderer(tokenizer, train_on), progress or (lambda done, total: None))
+    classes = [] if labels is None else list(labels) or labels_in([item for _, item in parsed.items])
+    renderer = Renderer(tokenizer, train_on, labels=classes, max_length=max_length)
+    rendered = _render(parsed, renderer, progress or (lambda done, total: None))
     _refuse(parsed, bad_rows)
-    return _fit(parsed, rendered, max_length, entries)
+    examples, report = _fit(parsed, rendered, max_length, entries)
+    counts = Counter(example.label for example in examples)
+    return examples, replace(report, labels={label: counts[number] for number, label in enumerate(classes)})
+
+
+def labels_in(items: Sequence[Item]) -> list[str]:
+    """The labels of the rows, sorted: as numbers where all are."""
+    found = {item.label for item in items if isinstance(item, Labelled)}
+    return sorted(found, key=int if all(WHOLE_NUMBER.fullmatch(label) for label in found) else None)
 
 
 def split(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
@@ -200,6 +218,8 @@ def fingerprint(examples: Sequence[Example]) -> str:
         digest.update(np.asarray(example.input_ids, "<i8").tobytes() + np.asarray(example.weights, "<f8").tobytes())
         if example.repeats != 1:
             digest.update(np.float64(example.repeats).tobytes())
+        if example.label is not None:
+            digest.update(repr((example.label, example.segments)).encode())
     return digest.hexdigest()
 
 
@@ -228,6 +248,8 @@ def _parse(source: Source, folder: Path, template: str | None, parsed: _Parsed) 
     if format:
         _check_fields(format, [columns for _, columns in readable], name)
     parsed.formats[name] = _format_name(source, name, [columns for _, columns in readable[:PEEKED_ROWS]])
+    if parsed.formats[name] == LABELLED:
+        _check_columns(FORMATS[LABELLED], [columns for _, columns in readable], name)
     parse = (format or FORMATS[parsed.formats[name]]).parse
     for row, columns in readable:
         try:
@@ -286,6 +308,17 @@ def _check_fields(format: Format, found: Sequence[Columns], source: str) -> None
         raise DataError(*lost)
 
 
+def _check_columns(format: Format, found: Sequence[Columns], source: str) -> None:
+    """Every column that the format needs is a column of some row; a row that lacks one is a bad row."""
+    there = _columns_of(found)
+    lost = [name for (name,) in format.needs if name not in there]
+    if lost:
+        named = ", ".join(f"`{quote(column)}`" for column in there)
+        what = f"`training.objective: classify` reads {' and '.join(f'`{name}`' for name in lost)}, which no row has"
+        fix = f"name the column with `data.columns: {{{lost[0]}: …}}`; the rows have {named}"
+        raise DataError(Problem(what, where=source, fix=fix))
+
+
 def _columns_of(found: Sequence[Columns]) -> list[str]:
     return list(dict.fromkeys(name for columns in found for name in columns))
 
@@ -306,11 +339,13 @@ def _detected(source: str, first: Sequence[Columns]) -> str:
     names = Counter(name for columns in first if (name := detect(columns)))
     shown = ", ".join(f"`{quote(column)}`" for column in first[0])
     if not names:
-        known = ", ".join(f"{name} ({format})" for name, format in FORMATS.items())
+        known = ", ".join(f"{name} ({format})" for name, format in FORMATS.items() if name != LABELLED)
         fix = f"set `data.columns` or `data.template`; the formats are {known}"
         raise DataError(Problem(f"the columns {shown} fit no format", where=source, fix=fix))
     name, _ = names.most_common(1)[0]
     log.info("%s: format `%s` found from the columns %s", source, name, shown)
+    if name == "text" and FORMATS[LABELLED].fits(first[0]):
+        log.info("%s: the column `label` is not read; `training.objective: classify` would learn it", source)
     return name
 
 
@@ -353,16 +388,16 @@ def _fit(
     kept = [[short for example in row if (short := truncate(example, max_length)).items] for row in rendered]
     examples = _mixed([example for row in kept for example in row], entries)
     used = [
-        (sum(len(e.input_ids) for e in old), sum(len(e.input_ids) for e in new))
+        (sum(e.full_length for e in old), sum(len(e.input_ids) for e in new))
         for old, new in zip(rendered, kept, strict=True)
         if new
     ]
     dropped = {
         "unusable": len(parsed.bad),
-        "empty answer": len(parsed.empty),
+        f"empty {parsed.learned}": len(parsed.empty),
         "no answer within max_length": len(rendered) - len(used),
     }
-    lengths, prompts = _spread([len(e.input_ids) for e in full]), _spread([e.prompt_length for e in full])
+    lengths, prompts = _spread([e.full_length for e in full]), _spread([e.prompt_length for e in full])
     _refuse_losses(parsed, dropped["no answer within max_length"], max_length, lengths, prompts)
     return examples, DataReport(
         formats=parsed.formats,
@@ -393,7 +428,11 @@ def _refuse_losses(parsed: _Parsed, cut_away: int, max_length: int, lengths: Spr
             log.warning("%d of %d rows cannot be used and are left out%s", bad, parsed.rows, _named(parsed.bad))
         if empty:
             log.warning(
-                "%d of %d rows have an empty answer and are left out%s", empty, parsed.rows, _named(parsed.empty)
+                "%d of %d rows have an empty %s and are left out%s",
+                empty,
+                parsed.rows,
+                parsed.learned,
+                _named(parsed.empty),
             )
         return
     problems = []
@@ -401,8 +440,9 @@ def _refuse_losses(parsed: _Parsed, cut_away: int, max_length: int, lengths: Spr
         what = f"{bad:,} of {parsed.rows:,} rows cannot be used" + _named(parsed.bad[: NAMED_ROWS // 2])
         problems.append(Problem(what, fix="put them right, or take the rows out"))
     if empty:
-        what = f"{empty:,} of {parsed.rows:,} rows have an empty answer" + _named(parsed.empty[: NAMED_ROWS // 2])
-        problems.append(Problem(what, fix="fill the answers in, or take the rows out"))
+        what = f"{empty:,} of {parsed.rows:,} rows have an empty {parsed.learned}"
+        what += _named(parsed.empty[: NAMED_ROWS // 2])
+        problems.append(Problem(what, fix=f"fill the {parsed.learned}s in, or take the rows out"))
     if cut_away:
         problems.append(
             Problem(

@@ -1,4 +1,4 @@
-"""From meaning to tokens: Conversation, Instruction, Text or Tokens -> Examples, by the tokenizer's own chat template.
+"""From meaning to tokens: Conversation, Instruction, Text, Tokens or Labelled -> Examples, by the tokenizer's own rules.
 
 A conversation is rendered turn by turn, as it will be at inference:
 
@@ -13,18 +13,33 @@ template moves a part of the prompt once it is answered (Mistral Nemo's system t
 
 `train_on` (`data.train_on`) says what is trained: `answers`; the `last` one of a conversation; or `all` tokens up to
 the last answer, each in the first example that has it.
+
+A text that is classified is what the tokenizer makes of it, its special tokens with it; where it is longer than
+`max_length`, the tokenizer cuts it, because it knows which tokens must stay.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lora_cli.data.chat_template import Tools, check_size, rendered, tokenized
 from lora_cli.data.sources import quote
-from lora_cli.data.types import BadRow, Conversation, Example, Instruction, Item, Message, PromptForm, RowId, Span, Text
-from lora_cli.errors import ModelError, Problem
+from lora_cli.data.types import (
+    BadRow,
+    Conversation,
+    Example,
+    Instruction,
+    Item,
+    Labelled,
+    Message,
+    PromptForm,
+    RowId,
+    Span,
+    Text,
+)
+from lora_cli.errors import DataError, ModelError, Problem
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,6 +54,7 @@ ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:\n"
 )
+SHOWN_LABELS = 5  # in a message
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 # What of a message the template must not leave out
@@ -48,10 +64,19 @@ MUST_BE_READ = ("tool_calls", "reasoning_content", "reasoning", "thinking")
 class Renderer:
     """A tokenizer with its chat template: the one way from text to tokens, in training, evaluation and chat."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", train_on: str = "answers") -> None:
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        train_on: str = "answers",
+        *,
+        labels: Sequence[str] = (),
+        max_length: int | None = None,
+    ) -> None:
         check_size(tokenizer)
         self.tokenizer = tokenizer
         self.train_on = train_on
+        self.labels = {label: number for number, label in enumerate(labels)}
+        self.max_length = max_length  # of rows that are classified; others are cut by `truncate`
         self.has_template = bool(tokenizer.chat_template)
         self.tagged = self.has_template and GENERATION_TAG.search(tokenizer.get_chat_template()) is not None
         added = tokenizer.added_tokens_decoder
@@ -65,6 +90,8 @@ class Renderer:
         Raises BadRow where the template refuses the row, ModelError where no row could be rendered, and SafetyError for
         a template that is not to be run.
         """
+        if isinstance(item, Labelled):
+            return [self._labelled(item, row)]
         if isinstance(item, Instruction):
             item = as_conversation(item) if self.has_template else as_text(item)
         if isinstance(item, Conversation):
@@ -105,6 +132,41 @@ class Renderer:
         """The tokens of a text that is to be continued, with the BOS that the tokenizer puts before it, once."""
         ids = self._encode(text)
         return ids if ids[:1] == self._bos else self._bos + ids
+
+    def _labelled(self, item: Labelled, row: RowId) -> Example:
+        if item.label not in self.labels:
+            few = ", ".join(f"`{quote(label)}`" for label in list(self.labels)[:SHOWN_LABELS])
+            more = ", …" if len(self.labels) > SHOWN_LABELS else ""
+            fix = "train on rows with it, or take the row out"
+            raise BadRow(f"`{quote(item.label)}` is none of the labels that are learned: {few}{more}", fix=fix)
+        encoded = self._with_special_tokens(item)
+        whole = len(encoded["input_ids"])
+        if self.max_length is not None and whole > self.max_length:
+            encoded = self._with_special_tokens(item, truncation=True, max_length=self._room(item))
+        input_ids = list(encoded["input_ids"])
+        if not input_ids:
+            raise BadRow("the tokenizer makes no token of the text")
+        segments = tuple(encoded.get("token_type_ids", ()))
+        return Example(
+            input_ids,
+            [0.0] * (len(input_ids) - 1) + [1.0],
+            row,
+            cut=whole - len(input_ids),
+            label=self.labels[item.label],
+            segments=segments if any(segments) else None,
+        )
+
+    def _with_special_tokens(self, item: Labelled, **cutting: Any) -> Mapping[str, list[int]]:
+        return self.tokenizer(item.text, item.pair, return_attention_mask=False, verbose=False, **cutting)
+
+    def _room(self, item: Labelled) -> int:
+        special = self.tokenizer.num_special_tokens_to_add(pair=item.pair is not None)
+        if self.max_length <= special:
+            what = (
+                f"`data.max_length: {self.max_length}` leaves no room beside the tokenizer's {special} special tokens"
+            )
+            raise DataError(Problem(what, fix="raise `data.max_length`"))
+        return self.max_length
 
     def _all_is_read(self, talk: Conversation) -> None:
         """BadRow for tools, calls or reasoning that the template leaves out: the model would never see them."""

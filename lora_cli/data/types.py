@@ -1,8 +1,9 @@
-"""The stations of one training example: Conversation, Instruction, Text or Tokens -> Example -> Batch.
+"""The stations of one training example: Conversation, Instruction, Text, Tokens or Labelled -> Example -> Batch.
 
 A row of a file becomes a Conversation (turns, to be rendered by the chat template), an Instruction (a chat where there
-is a template, else a written prompt), a Text (spans, rendered as they stand) or Tokens (which need no rendering);
-rendering gives an Example (tokens and their weights); collating gives a Batch (tensors).
+is a template, else a written prompt), a Text (spans, rendered as they stand), Tokens (which need no rendering) or a
+Labelled text (to be classified); rendering gives an Example (tokens and their weights); collating gives a Batch
+(tensors).
 """
 
 from collections.abc import Iterable, Mapping
@@ -92,7 +93,16 @@ class Tokens:
     weights: tuple[float, ...]
 
 
-Item = Conversation | Instruction | Text | Tokens
+@dataclass(frozen=True)
+class Labelled:
+    """A text, perhaps with a second one behind it, and what it is to be classified as."""
+
+    text: str
+    label: str
+    pair: str | None = None
+
+
+Item = Conversation | Instruction | Text | Tokens | Labelled
 
 
 @dataclass(frozen=True)
@@ -125,7 +135,8 @@ UNKNOWN_FORM = PromptForm()
 class Example:
     """Tokens with the weight of each in the loss: 0 for what is only read, above it for what is learned (mostly 1).
 
-    `weights[i]` is the weight of predicting `input_ids[i]` from what stands before it; so `weights[0]` is always 0.
+    `weights[i]` is the weight of predicting `input_ids[i]` from what stands before it; so `weights[0]` is always 0. Of a
+    row that is classified no token is learned but its label, once: the last token carries that weight.
     """
 
     input_ids: list[int]
@@ -133,11 +144,20 @@ class Example:
     row: RowId
     cut: int = 0  # tokens that max_length removed
     repeats: float = 1.0  # how often an epoch takes it, on average
+    label: int | None = None  # the number of its label, where rows are classified
+    segments: tuple[int, ...] | None = (
+        None  # 0 for tokens of its text, 1 for those of its pair, where the model tells them
+    )
 
     @property
     def items(self) -> float:
         """What this example adds to the divisor of the step's loss."""
         return sum(self.weights)
+
+    @property
+    def full_length(self) -> int:
+        """Tokens before max_length."""
+        return len(self.input_ids) + self.cut
 
     @property
     def prompt_length(self) -> int:
@@ -156,12 +176,17 @@ class Batch(TypedDict):
 
     `documents` and `places` are there where rows are packed: the number of each token's document in its row, and its
     place in the document. `sources` is there where the examples come from several sources.
+
+    Where rows are classified, `labels`, `weights` and `sources` are those of the rows, without a time, and what is padding
+    is told.
     """
 
     input_ids: Tensor  # [batch, time] int64
     labels: Tensor  # [batch, time] int64, already shifted: labels[t] is the token to predict at t
     weights: Tensor  # [batch, time] float32
-    positions: Tensor  # [kept] int64: the time positions at which any row has a label, for logits of those alone
+    positions: NotRequired[Tensor]  # [kept] int64: the places at which any row has a label, for logits of those alone
     documents: NotRequired[Tensor]  # [batch, time] int64
     places: NotRequired[Tensor]  # [batch, time] int64
     sources: NotRequired[Tensor]  # [sources, batch, time] bool: which labels are of which source
+    attention_mask: NotRequired[Tensor]  # [batch, time] int64: 1 for a token, 0 for padding
+    token_type_ids: NotRequired[Tensor]  # [batch, time] int64: the segment of each token

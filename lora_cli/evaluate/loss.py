@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 
 from lora_cli.data.types import Example, sources_in
-from lora_cli.objectives.base import Loss
+from lora_cli.objectives.base import Loss, Measure
 from lora_cli.train.layout import Layout, micro_batches
 from lora_cli.train.loop import add_losses, source_losses, to_device
 from lora_cli.train.task import Task
@@ -16,12 +16,16 @@ from lora_cli.train.task import Task
 
 @dataclass(frozen=True)
 class HeldOut:
-    """`loss` is the mean over the trained tokens, in nats; `sources` has that of each source, where there are several."""
+    """`loss` is the mean over the trained tokens, in nats; `sources` has that of each source, where there are several.
+
+    `metrics` are what the objective measures beside it.
+    """
 
     loss: float
     tokens: int
     rows: int
     sources: Mapping[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def perplexity(self) -> float:
@@ -33,12 +37,14 @@ def held_out_loss(
     examples: Sequence[Example],
     layout: Layout,
     accelerator: Accelerator,
+    measure: Measure | None = None,
     between: Callable[[], None] = lambda: None,
 ) -> HeldOut:
     """Evaluate without dropout or gradients; each module's own training flag is put back afterwards.
 
     Rows are dealt to the processes and batched by length as in training, and `between` is called after each forward.
     Forwards are summed in float64, so the figure does not depend on the number of processes beyond their own rounding.
+    `measure` makes figures of the objective's metrics, summed likewise.
     """
     flags = {module: module.training for module in task.modules()}
     task.eval()
@@ -57,4 +63,5 @@ def held_out_loss(
     items = sum(example.items for example in examples)
     tokens = sum(weight > 0 for example in examples for weight in example.weights)
     by_source = source_losses(summed.metrics, list(examples), sources)
-    return HeldOut(summed.total.item() / items, tokens, len(examples), by_source)
+    metrics = measure(summed.metrics) if measure else {}
+    return HeldOut(summed.total.item() / items, tokens, len(examples), by_source, metrics)

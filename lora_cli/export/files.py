@@ -6,9 +6,11 @@ Memory holds one tensor, whatever the size of a shard: a safetensors file's head
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import BinaryIO
 
 import torch
@@ -60,6 +62,7 @@ class _Piece:
     dtype: str
     edit: Edit | None = None
     transposed: bool = False
+    new: Tensor | None = None  # what is written instead, where the source has no such tensor
 
 
 def rewrite_weights(
@@ -67,19 +70,22 @@ def rewrite_weights(
     out: Path,
     changes: Mapping[str, Change],
     *,
+    added: Mapping[str, Tensor] = MappingProxyType({}),
     dtype: torch.dtype | None = None,
     progress: Progress | None = None,
 ) -> int:
     """Write all weights of `folder` into `out`, in the same shards; returns the bytes of the tensors.
 
-    `dtype` is for all floating tensors; without it each keeps its own.
+    `dtype` is for all floating tensors; without it each keeps its own. `added` come to those of the last shard.
     """
+    files = weight_files(folder)
     total = sum(tensor.end - tensor.start for tensor in stored_tensors(folder).values())
     done, written = 0, {}
-    for file in weight_files(folder):
+    for file in files:
         pieces = [
             piece for name, tensor in read_header(file).items() for piece in _pieces(name, tensor, changes, dtype)
         ]
+        pieces += _new_pieces(added, folder, dtype) if file == files[-1] else []
         # Wide types first keeps every tensor aligned, as safetensors itself writes them
         pieces.sort(key=lambda piece: -_width(piece))
         with file.open("rb") as source, (out / file.name).open("wb") as target:
@@ -105,21 +111,35 @@ def copy_side_files(folder: Path, out: Path, *, tokenizer: Path | None = None) -
     _copy(tokenizer_folder(tokenizer, folder), out, TOKENIZER_FILES)
 
 
-def write_config(folder: Path, out: Path, *, dtype: torch.dtype | None = None, tied: bool | None = None) -> None:
-    """config.json with what changed: the dtype (it would be loaded in the old one), and whether the head is tied."""
+def write_config(
+    folder: Path,
+    out: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    tied: bool | None = None,
+    changed: Mapping[str, object] = MappingProxyType({}),
+) -> None:
+    """config.json with what changed: the dtype (it would be loaded in the old one), whether the head is tied, and more."""
     config = read_config(folder)
     config.pop("auto_map", None)  # it would name code files that are not copied
     if tied is not None:
         config["tie_word_embeddings"] = tied
     if dtype is not None:
         _set_dtype(config, dtype_name(dtype))
+    config |= changed
     (out / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
 
-def planned_bytes(folder: Path, changes: Mapping[str, Change], dtype: torch.dtype | None = None) -> int:
+def planned_bytes(
+    folder: Path,
+    changes: Mapping[str, Change],
+    dtype: torch.dtype | None = None,
+    added: Mapping[str, Tensor] = MappingProxyType({}),
+) -> int:
     """Bytes that `rewrite_weights` will write."""
     tensors = stored_tensors(folder).items()
-    return sum(_size(piece) for name, tensor in tensors for piece in _pieces(name, tensor, changes, dtype))
+    pieces = [piece for name, tensor in tensors for piece in _pieces(name, tensor, changes, dtype)]
+    return sum(map(_size, [*pieces, *_new_pieces(added, folder, dtype)]))
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -160,7 +180,24 @@ def _pieces(name: str, tensor: StoredTensor, changes: Mapping[str, Change], dtyp
     return kept + new
 
 
+def _new_pieces(added: Mapping[str, Tensor], folder: Path, dtype: torch.dtype | None) -> list[_Piece]:
+    """In the dtype asked for, else in the one that most of the folder's bytes have."""
+    if not added:
+        return []
+    sizes: Counter[str] = Counter()
+    for tensor in stored_tensors(folder).values():
+        sizes[tensor.dtype] += (tensor.end - tensor.start) * (tensor.dtype in DTYPES)
+    name = DTYPE_NAMES[dtype] if dtype is not None else sizes.most_common(1)[0][0]
+    stored = {path: tensor.to(DTYPES[name]) for path, tensor in added.items()}
+    return [
+        _Piece(path, StoredTensor(folder, name, tuple(new.shape), 0, new.numel() * new.itemsize), name, new=new)
+        for path, new in stored.items()
+    ]
+
+
 def _bytes(piece: _Piece, source: BinaryIO) -> Iterator[memoryview | bytes]:
+    if piece.new is not None:
+        return iter([_memory(piece.new)])
     if piece.edit is None and piece.dtype == piece.source.dtype:
         return _copied(piece.source, source)
     weight = _read(piece.source, source, piece.transposed)
@@ -168,7 +205,11 @@ def _bytes(piece: _Piece, source: BinaryIO) -> Iterator[memoryview | bytes]:
     new = weight.to(dtype) if piece.edit is None else piece.edit(weight, dtype)
     _check_finite(piece, weight, new)
     new = new.T if piece.transposed else new
-    return iter([memoryview(new.contiguous().view(-1).view(torch.uint8).numpy())])
+    return iter([_memory(new)])
+
+
+def _memory(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
 
 
 def _copied(tensor: StoredTensor, source: BinaryIO) -> Iterator[bytes]:

@@ -28,12 +28,14 @@ from lora_cli.export.files import (
     row_blocks,
     write_config,
 )
-from lora_cli.export.names import Place, places
+from lora_cli.export.names import Others, Place, others, places
 from lora_cli.export.proof import Proof
 from lora_cli.export.staging import need_space, refuse_output, staged
 from lora_cli.limits import read_json
 from lora_cli.lora.adapter import Adapter, Factors
 from lora_cli.lora.base_files import Fingerprint, fingerprint, stored_tensors
+from lora_cli.models.heads import architecture, head_of
+from lora_cli.models.load import load_tokenizer, skeleton
 
 log = logging.getLogger(__name__)
 
@@ -99,6 +101,7 @@ class MergeReport:
     base_differences: tuple[str, ...]
     untied: tuple[str, ...]
     proof: Proof | None
+    whole: tuple[str, ...] = ()  # modules that were trained whole
 
     def as_dict(self) -> dict:
         """For JSON, which knows no infinity: a dtype that can't hold the weights has null."""
@@ -129,21 +132,24 @@ def merge(
     refuse_second_merge(base_folder, adapter)
     found = fingerprint(base_folder)
     differences = adapter.check_base(found, base_folder, allow=allow_base_mismatch)
-    where = places(base_folder, adapter)
+    where, beside = places(base_folder, adapter), others(base_folder, adapter)
     tally = Tally()
-    changes = {place.tensor: _change(place, adapter, tally) for place in where.values()}
-    untied = tuple(place.updated for place in where.values() if place.kept)
-    tied = False if any(place.tied for place in where.values()) else None
+    low_rank = {place.tensor: _change(place, adapter, tally) for place in where.values()}
+    changes = _changes(beside, adapter, tally) | low_rank
+    added = {name: tensor for name, tensor in _extras(adapter).items() if name in beside.new}
+    written = [*where.values(), *beside.placed.values()]
+    untied = tuple(place.updated for place in written if place.kept)
+    tied = False if any(place.tied for place in written) else None
     with staged(out, beside=base_folder) as draft:
-        need_space(draft, planned_bytes(base_folder, changes, dtype))
-        size = rewrite_weights(base_folder, draft, changes, dtype=dtype, progress=progress)
-        write_config(base_folder, draft, dtype=dtype, tied=tied)
+        need_space(draft, planned_bytes(base_folder, changes, dtype, added))
+        size = rewrite_weights(base_folder, draft, changes, added=added, dtype=dtype, progress=progress)
         copy_side_files(base_folder, draft, tokenizer=tokenizer)
+        write_config(base_folder, draft, dtype=dtype, tied=tied, changed=_classifier(adapter, base_folder, draft))
         report = MergeReport(
             out=out,
             base=base_name or adapter.config.base_model_name_or_path or base_folder.name,
             adapter_sha256=adapter.digest(),
-            tensors=len(where),
+            tensors=len(written) + len(added),
             bytes=size,
             dtypes=_dtypes(draft, where),
             lost=tally.written.lost,
@@ -153,6 +159,7 @@ def merge(
             base_differences=tuple(differences),
             untied=untied,
             proof=prove(draft) if prove else None,
+            whole=tuple(adapter.extras),
         )
         _write_record(draft, report, found, merge_record(base_folder))
         _write_card(draft, report)
@@ -199,6 +206,41 @@ def _change(place: Place, adapter: Adapter, tally: Tally) -> Change:
     factors, scale = adapter.layers[place.path], adapter.config.at(place.path).scale
     edit = partial(_merged, factors=factors, scale=scale, tally=tally)
     return Change(place.updated, edit, place.transposed, place.kept)
+
+
+def _changes(beside: Others, adapter: Adapter, tally: Tally) -> dict[str, Change]:
+    """What becomes of the tensors that no LoRA layer changes."""
+    extras = _extras(adapter)
+    replaced = {
+        place.tensor: Change(
+            place.updated, partial(_replaced, exact=extras[name], tally=tally), place.transposed, place.kept
+        )
+        for name, place in beside.placed.items()
+    }
+    moved = {file: Change(name, None, kept=name) for file, name in beside.renamed.items()}
+    return moved | {file: Change(file, None) for file in beside.left_out} | replaced
+
+
+def _extras(adapter: Adapter) -> dict[str, Tensor]:
+    """What is trained whole, by the names of the parameters."""
+    return {f"{path}.{name}": tensor for path, state in adapter.extras.items() for name, tensor in state.items()}
+
+
+def _replaced(W: Tensor, dtype: torch.dtype, *, exact: Tensor, tally: Tally) -> Tensor:
+    for rows in row_blocks(W):
+        tally.add(W[rows], exact[rows], dtype)
+    return exact.to(dtype)
+
+
+def _classifier(adapter: Adapter, base: Path, draft: Path) -> dict[str, object]:
+    """What the config of a merged classifier says beside its base's: its class, its labels, its padding."""
+    head = head_of(adapter)
+    if head is None:
+        return {}
+    padding = {}
+    if (draft / "tokenizer_config.json").is_file():
+        padding = {"pad_token_id": load_tokenizer(draft, writes=False).pad_token_id}
+    return architecture(skeleton(base, head), head.labels) | padding
 
 
 def _merged(W: Tensor, dtype: torch.dtype, *, factors: Factors, scale: float, tally: Tally) -> Tensor:

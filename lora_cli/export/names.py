@@ -6,8 +6,8 @@
 transformers' own loading rules translate, so what is found here is what `from_pretrained` will load.
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ from lora_cli.lora.adapter import Adapter
 from lora_cli.lora.base_files import StoredTensor, stored_tensors
 from lora_cli.lora.inject import linears
 from lora_cli.lora.weights import storage_of
+from lora_cli.models.heads import head_of, may_be_new
 from lora_cli.models.load import skeleton
 
 if TYPE_CHECKING:
@@ -42,13 +43,15 @@ class Place:
 
 def places(folder: Path, adapter: Adapter) -> dict[str, Place]:
     """The place of each module that the adapter changes. Raises ModelError for what has none, or another shape."""
-    model = skeleton(folder)
+    head = head_of(adapter)
+    model = skeleton(folder, head)
     adapter.check_fits(model)
     stored = stored_tensors(folder)
     names = names_in_files(model, stored)
     problems, found = [], {}
     for path in adapter.layers:
-        place = _place(model, path, names)
+        transposed = storage_of(linears(model)[path]).transposed
+        place = _place(model, f"{path}.weight", names, transposed=transposed, own_names=head is not None)
         if place is None or (problem := _misfit(adapter, place, stored[place.tensor])):
             problems.append(_missing(path, folder) if place is None else problem)
         else:
@@ -58,8 +61,58 @@ def places(folder: Path, adapter: Adapter) -> dict[str, Place]:
     return found
 
 
+@dataclass(frozen=True)
+class Others:
+    """What a merge does beside the LoRA layers.
+
+    `placed` are the parameters trained whole that the files have, by name; `new` those that they have not. Of a
+    classifier, `renamed` gives every other tensor its name in the model, and `left_out` are those of another head.
+    """
+
+    placed: Mapping[str, Place]
+    new: tuple[str, ...] = ()
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
+
+
+def others(folder: Path, adapter: Adapter) -> Others:
+    """Raises ModelError where something trained whole has no place in the files, and is no head that may be new."""
+    head = head_of(adapter)
+    if not adapter.extras:
+        return Others({})
+    model, stored = skeleton(folder, head), stored_tensors(folder)
+    names = names_in_files(model, stored)
+    wanted = [f"{path}.{name}" for path, state in adapter.extras.items() for name in state]
+    found = {name: _place(model, name, names, transposed=False, own_names=head is not None) for name in wanted}
+    shapes = {f"{path}.{name}": tuple(t.shape) for path, state in adapter.extras.items() for name, t in state.items()}
+    fits = {name: place for name, place in found.items() if place and stored[place.tensor].shape == shapes[name]}
+    new = tuple(name for name in wanted if name not in fits and head is not None and may_be_new(model, name))
+    if lost := [name for name in wanted if name not in fits and name not in new]:
+        raise ModelError(_missing(lost[0].rpartition(".")[0], folder))
+    if head is None:
+        return Others(fits)
+    loaded = {file: name for name, file in names.items()}
+    known = {*loaded, *_converted(model, stored)}
+    renamed = {file: name for file, name in loaded.items() if name != file and name not in new}
+    left_out = [file for file in stored if file not in known or loaded.get(file) in new]
+    return Others(fits, new, renamed, tuple(left_out))
+
+
+def _converted(model: "PreTrainedModel", stored: Iterable[str]) -> set[str]:
+    """The names of the tensors that become part of another one as the model is loaded."""
+    return {name for name, _, converted in _loaded_as(model, stored) if converted}
+
+
 def names_in_files(model: "PreTrainedModel", stored: Iterable[str]) -> dict[str, str]:
     """Parameter name -> name in the files, for every tensor that is loaded as it is (experts are fused on the way)."""
+    known = model.state_dict()
+    return {
+        renamed: name for name, renamed, converted in _loaded_as(model, stored) if renamed in known and not converted
+    }
+
+
+def _loaded_as(model: "PreTrainedModel", stored: Iterable[str]) -> Iterator[tuple[str, str, bool]]:
+    """(name in the files, name in the model, whether it is converted on the way)"""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, rename_source_key
 
@@ -67,25 +120,24 @@ def names_in_files(model: "PreTrainedModel", stored: Iterable[str]) -> dict[str,
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     renamings = [rule for rule in rules if not isinstance(rule, WeightConverter)]
     known = model.state_dict()
-    found = {}
     for name in stored:
         renamed, converter = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
         if renamed not in known and name in known:
             renamed, converter = name, None
-        if converter is None and renamed in known:
-            found[renamed] = name
-    return found
+        yield name, renamed, converter is not None
 
 
-def _place(model: "PreTrainedModel", path: str, names: Mapping[str, str]) -> Place | None:
-    own = f"{path}.weight"
-    transposed = storage_of(linears(model)[path]).transposed
+def _place(
+    model: "PreTrainedModel", own: str, names: Mapping[str, str], *, transposed: bool, own_names: bool
+) -> Place | None:
+    """The place of the parameter `own`; with `own_names`, the new one is written under its name in the model."""
+    path = own.rpartition(".")[0]
     partners = [name for name in _tied_with(model, own) if name in names]
     absent = [name for name in _tied_with(model, own) if name not in names]
     tied = bool(partners or absent)
     if own in names:
         kept = absent[0] if absent and not partners else None
-        return Place(path, names[own], transposed, names[own], kept, tied)
+        return Place(path, names[own], transposed, own if own_names else names[own], kept, tied)
     if partners:
         tensor = names[partners[0]]
         return Place(path, tensor, transposed, own, tensor, tied)

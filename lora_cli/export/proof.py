@@ -12,7 +12,7 @@ Only one of the models is in memory at a time.
 """
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,13 +21,15 @@ from torch import Tensor, nn
 
 from lora_cli.errors import DataError, ModelError, OutOfMemoryError, Problem
 from lora_cli.export.files import DTYPES, dtype_name
-from lora_cli.export.names import places
+from lora_cli.export.names import others, places
 from lora_cli.lora.adapter import Adapter, Factors
 from lora_cli.lora.base_files import stored_tensors
 from lora_cli.lora.inject import disabled, generator_for, lora_layers
 from lora_cli.lora.layer import LoRALinear
 from lora_cli.lora.weights import dense, storage_of
+from lora_cli.lora.whole import whole_modules
 from lora_cli.models.base import Base
+from lora_cli.models.heads import CLASSIFIES, head_of
 from lora_cli.models.load import default_device, load_model
 
 NOISE = 1e-4  # of the largest logit: some hundred float32 roundings in a row
@@ -51,7 +53,9 @@ SENTENCES = (
 
 @dataclass(frozen=True)
 class Proof:
-    """P against M. KL in nats a token; `adapter_kl` is base + adapter against the base alone, for scale.
+    """P against M. KL in nats a position; `adapter_kl` is base + adapter against the base alone, for scale.
+
+    A position is a token, or a row where rows are classified.
 
     `unexplained` is R against M: the part of the difference that storing does not account for.
     """
@@ -64,6 +68,7 @@ class Proof:
     adapter_kl: float
     same_top1: float
     unexplained: float
+    position: str = "token"
 
     @property
     def storing_costs_much(self) -> bool:
@@ -72,8 +77,8 @@ class Proof:
     @property
     def sentence(self) -> str:
         return (
-            f"base + adapter against merged on {self.positions} tokens in {self.computed_in}: largest logit difference "
-            f"{self.largest_logit_difference:.2g}, KL {self.kl:.2g} nats a token (the adapter's own: "
+            f"base + adapter against merged on {self.positions} {self.position}s in {self.computed_in}: largest logit "
+            f"difference {self.largest_logit_difference:.2g}, KL {self.kl:.2g} nats a {self.position} (the adapter's own: "
             f"{self.adapter_kl:.2g}), the same first choice at {self.same_top1:.1%}"
         )
 
@@ -90,8 +95,8 @@ def prove(
 
     Raises ModelError when more than storing tells them apart.
     """
-    dtype = compute_dtype(base.folder, device)
-    model = load_model(base, dtype=dtype, device=device)
+    dtype, head = compute_dtype(base.folder, device), head_of(adapter)
+    model = load_model(base, dtype=dtype, device=device, head=head)
     rows = _bounded(token_rows, vocabulary=model.get_input_embeddings().num_embeddings)
     adapter.inject_into(model)
     expected = _logits(model, rows)
@@ -101,7 +106,8 @@ def prove(
     _fold(model, adapter, stored)
     folded = _logits(model, rows)
     del model
-    found = _logits(load_model(Base(base.name, merged_folder), dtype=dtype, device=device), rows)
+    whole = head and replace(head, brought=frozenset())  # nothing may be missing
+    found = _logits(load_model(Base(base.name, merged_folder), dtype=dtype, device=device, head=whole), rows)
     proof = Proof(
         positions=len(expected),
         computed_in=dtype_name(dtype),
@@ -111,6 +117,7 @@ def prove(
         adapter_kl=adapter_kl,
         same_top1=float((found.argmax(-1) == expected.argmax(-1)).double().mean()),
         unexplained=_largest(found - folded),
+        position="row" if head else "token",
     )
     allowed = NOISE * proof.largest_logit + TIES * _largest(folded - expected)
     if not proof.unexplained <= allowed:  # also for NaN
@@ -185,13 +192,15 @@ def _bounded(rows: list[list[int]], vocabulary: int) -> list[tuple[int, ...]]:
 
 @torch.no_grad()
 def _logits(model: nn.Module, rows: list[tuple[int, ...]]) -> Tensor:
-    """[positions, vocabulary] float32 on the CPU, of each row's last positions.
+    """[positions, vocabulary] float32 on the CPU, of each row's last positions; of a classifier, [rows, labels].
 
     A row a forward: no padding, and no mask to go wrong.
     """
     device = model.get_input_embeddings().weight.device
     kept = MOST_POSITIONS // len(rows)
     inputs = (torch.tensor([row], device=device) for row in rows)
+    if model.config.problem_type == CLASSIFIES:
+        return torch.cat([model(input_ids=ids).logits.float().cpu() for ids in inputs])
     found = (model(input_ids=ids, use_cache=False, logits_to_keep=kept).logits[0] for ids in inputs)
     return torch.cat([logits.float().cpu() for logits in found])
 
@@ -210,17 +219,23 @@ def _largest(difference: Tensor) -> float:
 
 
 def _stored_dtypes(merged: Path, base: Path, adapter: Adapter) -> dict[str, torch.dtype] | torch.dtype:
-    """The one float dtype of the merged files; where they have several, that of each changed module."""
+    """The one float dtype of the merged files; where they have several, that of each changed module or parameter."""
     dtypes = {tensor.dtype for tensor in stored_tensors(merged).values() if tensor.dtype in DTYPES}
     if len(dtypes) == 1:
         return DTYPES[dtypes.pop()]
-    stored = stored_tensors(base)
-    return {path: DTYPES[stored[place.tensor].dtype] for path, place in places(base, adapter).items()}
+    stored, written = stored_tensors(base), stored_tensors(merged)
+    own = {path: DTYPES[stored[place.tensor].dtype] for path, place in places(base, adapter).items()}
+    beside = others(base, adapter)
+    whole = {name: place.updated for name, place in beside.placed.items()} | {name: name for name in beside.new}
+    return own | {name: DTYPES[written[file].dtype] for name, file in whole.items()}
 
 
 @torch.no_grad()
 def _fold(model: nn.Module, adapter: Adapter, stored: dict[str, torch.dtype] | torch.dtype) -> None:
-    """Replace each LoRA layer by its base with the merged weight, rounded as it is stored. In place."""
+    """Replace each LoRA layer, and what is trained whole, by its base with the new weights, rounded as they are stored.
+
+    In place.
+    """
     for path, layer in lora_layers(model).items():
         weight = _on(layer.lora_A.device, adapter.layers[path]).merge_into(dense(layer.base), layer.scale)
         _check_same(path, layer, weight)
@@ -230,6 +245,15 @@ def _fold(model: nn.Module, adapter: Adapter, stored: dict[str, torch.dtype] | t
         layer.base.weight = nn.Parameter((rounded.T if transposed else rounded).contiguous(), requires_grad=False)
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, layer.base)
+    for path, module in whole_modules(model).items():
+        for name, trained in list(module.trained.named_parameters()):
+            dtype = stored[f"{path}.{name}"] if isinstance(stored, dict) else stored
+            inner, _, last = name.rpartition(".")
+            holder = module.base.get_submodule(inner)
+            rounded = trained.to(dtype).to(holder.get_parameter(last).dtype)
+            setattr(holder, last, nn.Parameter(rounded, requires_grad=False))
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, module.base)
     if not isinstance(stored, dict):
         for parameter in model.parameters():
             parameter.copy_(parameter.to(stored))

@@ -85,6 +85,7 @@ def unmerge(
     """
     adapter.check_alive()
     _refuse_dora(adapter)
+    _refuse_whole(adapter)
     refuse_output(out, merged_folder)
     entry, others = _entry(merged_folder, adapter)
     where = places(merged_folder, adapter)
@@ -217,6 +218,16 @@ def _report(
         equal_share=sum(d.equal for d in found) / weights if measured else None,
         recorded=recorded,
     )
+
+
+def _refuse_whole(adapter: Adapter) -> None:
+    if adapter.extras:
+        what = f"the merge wrote {', '.join(adapter.extras)} over the base's own, which is not kept anywhere"
+        raise ModelError(
+            Problem(
+                f"an adapter with modules trained whole can't be taken off again: {what}", fix="use the base itself"
+            )
+        )
 
 
 def _refuse_dora(adapter: Adapter) -> None:

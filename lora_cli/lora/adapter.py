@@ -1,8 +1,8 @@
-"""An adapter is a value: a config and the low-rank factors of each layer, apart from any model."""
+"""An adapter is a value: a config, the low-rank factors of each layer, and what is trained whole, apart from any model."""
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from lora_cli.lora.config import LoRAConfig
 from lora_cli.lora.inject import inject, linears, lora_layers
 from lora_cli.lora.layer import merged_weight
 from lora_cli.lora.weights import storage_of
+from lora_cli.lora.whole import State, whole_modules
 
 
 @dataclass(frozen=True)
@@ -40,14 +41,22 @@ class Factors:
 
 @dataclass(frozen=True)
 class Adapter:
-    """`layers` holds the factors by the path of the module they belong to, float32, on the CPU."""
+    """`layers` holds the factors by the path of the module they belong to, float32, on the CPU.
+
+    `extras` holds the parameters of the modules that are trained whole, by the module's path; `labels` are those of a
+    classifier, in the order of its head's outputs.
+    """
 
     config: LoRAConfig
     layers: Mapping[str, Factors]
     base: Fingerprint | None = None
+    extras: Mapping[str, State] = field(default_factory=dict)
+    labels: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, model: nn.Module, config: LoRAConfig, base: Fingerprint | None = None) -> "Adapter":
+    def of(
+        cls, model: nn.Module, config: LoRAConfig, base: Fingerprint | None = None, labels: Sequence[str] = ()
+    ) -> "Adapter":
         """A copy of what the model has learned, as a plain adapter of its unchanged base.
 
         A start that is taken off in the forward (PiSSA, OLoRA) becomes part of the factors, which doubles the rank.
@@ -55,11 +64,12 @@ class Adapter:
         found = lora_layers(model)
         layers = {path: _factors(layer) for path, layer in found.items()}
         started = any(layer.start_A is not None for layer in found.values())
-        return cls(config.with_rank_times(2) if started else config, layers, base)
+        extras = {path: module.state() for path, module in whole_modules(model).items()}
+        return cls(config.with_rank_times(2) if started else config, layers, base, extras, tuple(labels))
 
     @property
     def parameters(self) -> int:
-        return sum(t.numel() for f in self.layers.values() for t in (f.A, f.B, f.magnitude) if t is not None)
+        return sum(tensor.numel() for _, tensor in self._tensors())
 
     def updates(self) -> dict[str, float]:
         """‖scale · B A‖ of each layer: how far it moved. DoRA's magnitudes are not in it."""
@@ -68,7 +78,7 @@ class Adapter:
     def inject_into(self, model: nn.Module) -> None:
         """Put this adapter's layers into a model that has none. Raises ModelError for modules that don't fit."""
         self.check_fits(model)
-        inject(model, replace(self.config, lora_dropout=0.0), list(self.layers))
+        inject(model, replace(self.config, lora_dropout=0.0), list(self.layers), whole=list(self.extras))
         with torch.no_grad():
             for path, layer in lora_layers(model).items():
                 factors = self.layers[path]
@@ -76,9 +86,11 @@ class Adapter:
                 layer.lora_B.copy_(factors.B)
                 if factors.magnitude is not None:
                     layer.magnitude.copy_(factors.magnitude)
+        for path, module in whole_modules(model).items():
+            module.load(self.extras[path])
 
     def digest(self) -> str:
-        """SHA-256 of what the adapter computes: paths, scales, factors and magnitudes. Equal digests, equal updates."""
+        """SHA-256 of what the adapter computes: paths, scales, factors and magnitudes, and what is trained whole."""
         found = hashlib.sha256()
         for path, factors in sorted(self.layers.items()):
             tensors = (factors.A, factors.B, factors.magnitude)
@@ -86,12 +98,15 @@ class Adapter:
             found.update(repr((path, float(self.config.at(path).scale), shapes)).encode())
             for tensor in tensors:
                 if tensor is not None:
-                    found.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+                    found.update(_bytes(tensor))
+        for path, state in sorted(self.extras.items()):
+            for name, tensor in sorted(state.items()):
+                found.update(repr((path, name, tuple(tensor.shape))).encode() + _bytes(tensor))
         return found.hexdigest()
 
     def check_finite(self, where: str = "") -> None:
         """Raise DivergedError when a value is not finite."""
-        broken = [path for path, f in self.layers.items() if not all(_finite(t) for t in (f.A, f.B, f.magnitude))]
+        broken = list(dict.fromkeys(path for path, tensor in self._tensors() if not tensor.isfinite().all()))
         if broken:
             raise DivergedError(
                 Problem(
@@ -102,7 +117,7 @@ class Adapter:
             )
 
     def check_alive(self) -> None:
-        """Raise DivergedError when a value is not finite, or when B A is zero in every layer: it changes nothing.
+        """Raise DivergedError when a value is not finite, or when B A is zero in every layer: LoRA changes nothing.
 
         A start that was taken off again (PiSSA, OLoRA) counts for nothing. Of DoRA only finiteness can be known: with
         B A zero its magnitude may still have moved away from the base's row norms, which the adapter does not hold.
@@ -111,9 +126,10 @@ class Adapter:
         if self.config.use_dora or any(_acts(factors) for factors in self.layers.values()):
             return
         zero = "lora_B · lora_A" if any(f.B.any() for f in self.layers.values()) else "lora_B"
+        alone = f" beside the modules trained whole ({', '.join(self.extras)})" if self.extras else ""
         raise DivergedError(
             Problem(
-                f"the adapter does nothing: every {zero} is zero",
+                f"the adapter does nothing{alone}: every {zero} is zero",
                 fix="check that the run trained for a step and that its learning rate is above 0",
             )
         )
@@ -155,10 +171,30 @@ class Adapter:
                         fix="give the base it was trained on with `--base`",
                     )
                 )
+        problems += self.misfits_of_extras(dict(model.named_modules()))
         if problems:
             raise ModelError(
                 *problems[:3], *([Problem(f"… and {len(problems) - 3} layers more")] if len(problems) > 3 else [])
             )
+
+    def misfits_of_extras(self, modules: Mapping[str, nn.Module]) -> Iterator[Problem]:
+        """What tells the parameters trained whole from those of a base's modules, by path."""
+        for path, state in self.extras.items():
+            fix = "give the base it was trained on with `--base`"
+            if path not in modules:
+                yield Problem(f"the adapter trains {path} whole, which this base does not have", fix=fix)
+                continue
+            there = {name: list(p.shape) for name, p in modules[path].named_parameters()}
+            found = {name: list(tensor.shape) for name, tensor in state.items()}
+            if there != found:
+                yield Problem(f"{path} has {_listed(there)} in this base, and {_listed(found)} in the adapter", fix=fix)
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor, with the path of its module."""
+        for path, f in self.layers.items():
+            yield from ((path, tensor) for tensor in (f.A, f.B, f.magnitude) if tensor is not None)
+        for path, state in self.extras.items():
+            yield from ((path, tensor) for tensor in state.values())
 
 
 def _factors(layer: nn.Module) -> Factors:
@@ -177,5 +213,9 @@ def _acts(factors: Factors) -> bool:
     return factors.norm() > torch.finfo(torch.float32).eps * float(B.norm() * A.norm())
 
 
-def _finite(tensor: Tensor | None) -> bool:
-    return tensor is None or bool(tensor.isfinite().all())
+def _listed(shapes: Mapping[str, list[int]]) -> str:
+    return ", ".join(f"{name} {shape}" for name, shape in shapes.items()) or "no parameters"
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()

@@ -20,6 +20,9 @@ SHOWN_CHARACTERS = 80
 
 Value = TypeVar("Value")
 
+# PEFT's words for what the base is loaded as
+CAUSAL_LM, SEQ_CLS = "CAUSAL_LM", "SEQ_CLS"
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAConfig:
@@ -39,7 +42,8 @@ class LoRAConfig:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     base_model_name_or_path: str | None = None
     revision: str | None = None
-    task_type: str | None = "CAUSAL_LM"
+    task_type: str | None = CAUSAL_LM
+    modules_to_save: tuple[str, ...] = ()  # endings of the paths of modules that are trained whole
 
     @property
     def scale(self) -> float:

@@ -16,6 +16,7 @@ from lora_cli.lora.config import LoRAConfig
 from lora_cli.lora.init import Init, kaiming
 from lora_cli.lora.layer import LoRALinear
 from lora_cli.lora.weights import STORAGES, keep_unpacked, storage_of
+from lora_cli.lora.whole import whole_modules, wrap_whole
 
 log = logging.getLogger(__name__)
 
@@ -30,14 +31,21 @@ def linears(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def inject(
-    model: nn.Module, config: LoRAConfig, paths: Sequence[str], *, init: Init = kaiming, seed: int = 0
+    model: nn.Module,
+    config: LoRAConfig,
+    paths: Sequence[str],
+    *,
+    whole: Sequence[str] = (),
+    init: Init = kaiming,
+    seed: int = 0,
 ) -> dict[str, LoRALinear]:
-    """Freeze the model and wrap the modules at `paths`; returns the LoRA layers by path.
+    """Freeze the model, wrap the modules at `paths`, and train those at `whole` whole; returns the LoRA layers by path.
 
     Each layer's start is a function of (seed, path) alone: the same on every process and for any choice of targets.
     """
     model.requires_grad_(False)
     keep_unpacked(model)
+    wrap_whole(model, whole)
     for path in paths:
         base = model.get_submodule(path)
         storage = storage_of(base)
@@ -65,8 +73,8 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """The base model, bit for bit: every adapter is switched off inside the block."""
-    layers = list(lora_layers(model).values())
+    """The base model, bit for bit: every adapter is switched off inside the block, and modules trained whole are as they were."""
+    layers = [*lora_layers(model).values(), *whole_modules(model).values()]
     for layer in layers:
         layer.enabled = False
     try:

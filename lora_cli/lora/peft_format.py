@@ -6,7 +6,7 @@ alphas as integers, target_modules as a sorted list. Read strictly: a key or a s
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -18,13 +18,15 @@ from lora_cli.errors import ModelError, Problem, SafetyError
 from lora_cli.limits import read_json
 from lora_cli.lora.adapter import Adapter, Factors
 from lora_cli.lora.base_files import PICKLES, Fingerprint, read_header, read_metadata
-from lora_cli.lora.config import LoRAConfig
+from lora_cli.lora.config import SEQ_CLS, LoRAConfig
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 LARGEST_NUMBER = 10**9  # JSON's numbers have no end
 SHOWN_CHARACTERS = 80  # of a foreign value in a message
 FINGERPRINT = "lora.base_fingerprint"
+LABELS = "lora.labels"
+MOST_LABELS = 100_000
 PREFIX = "base_model.model."
 LARGEST_CONFIG_BYTES = 1_000_000
 LARGEST_HEADER_BYTES = 1_000_000  # 126 blocks with 7 targets of 3 tensors each have 0.4 MB
@@ -35,7 +37,6 @@ NOT_READ: Mapping[str, tuple] = {
     "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),  # the others change the base's weights
     "bias": ("none",),
     "lora_bias": (False,),
-    "modules_to_save": (None, []),
     "target_parameters": (None, []),
     "trainable_token_indices": (None, [], {}),
     "layer_replication": (None, []),
@@ -59,6 +60,10 @@ def _is_alpha(value: object) -> bool:
 
 def _is_text(value: object) -> bool:
     return value is None or isinstance(value, str)
+
+
+def _are_texts(value: object) -> bool:
+    return value is None or (isinstance(value, list) and all(isinstance(v, str) for v in value))
 
 
 def _is_flag(value: object) -> bool:
@@ -88,11 +93,12 @@ MUST_BE: Mapping[str, tuple[Callable[[object], bool], str]] = {
     "lora_alpha": (_is_alpha, "a number above 0"),
     "lora_dropout": (lambda value: value in (None, 0) or _is_alpha(value), "0 or a number above 0"),
     "target_modules": (
-        lambda value: _is_text(value) or (isinstance(value, list) and all(isinstance(v, str) for v in value)),
+        lambda value: _is_text(value) or _are_texts(value),
         "a text or a list of texts",
     ),
     "rank_pattern": (lambda value: _are_patterns(value, _is_rank), "patterns with whole numbers above 0"),
     "alpha_pattern": (lambda value: _are_patterns(value, _is_alpha), "patterns with numbers above 0"),
+    "modules_to_save": (_are_texts, "a list of texts or null"),
     "use_rslora": (_is_flag, "true or false"),
     "use_dora": (_is_flag, "true or false"),
     "fan_in_fan_out": (_is_flag, "true or false"),
@@ -110,6 +116,7 @@ def save_adapter(adapter: Adapter, folder: Path, *, transposed: bool = False) ->
 def adapter_files(adapter: Adapter, *, transposed: bool = False) -> dict[str, bytes]:
     """The two files by name. `transposed` tells PEFT that the base's weights are [in, out] (GPT-2's Conv1D)."""
     metadata = {"format": "pt"} | ({FINGERPRINT: adapter.base.to_json()} if adapter.base else {})
+    metadata |= {LABELS: json.dumps(adapter.labels)} if adapter.labels else {}
     return {
         CONFIG: (json.dumps(to_peft(adapter.config, transposed), indent=2) + "\n").encode(),
         WEIGHTS: _in_order(save(to_tensors(adapter), metadata)),
@@ -139,19 +146,27 @@ def load_adapter(folder: Path) -> Adapter:
         tensors = load_file(file)
     except (SafetensorError, OSError) as error:
         raise ModelError(Problem(f"it is damaged: {error}", where=str(file), fix="copy or train it again")) from error
-    adapter = Adapter(config, _layers(tensors, config, where=file), _fingerprint(file))
+    extras = _extras(tensors, config.modules_to_save)
+    whole = {f"{PREFIX}{path}.{name}" for path, state in extras.items() for name in state}
+    layers = _layers({name: t for name, t in tensors.items() if name not in whole}, config, where=file)
+    adapter = Adapter(config, layers, _fingerprint(file), extras, _labels(file, config, extras))
     adapter.check_finite(where=str(file))
     return adapter
 
 
 def to_tensors(adapter: Adapter) -> dict[str, Tensor]:
-    """PEFT's names: `base_model.model.<path>.lora_A.weight`, and `….lora_magnitude_vector` without `.weight`."""
+    """PEFT's names: `base_model.model.<path>.lora_A.weight`, and `….lora_magnitude_vector` without `.weight`.
+
+    What is trained whole has the names that it has in the base, behind the same prefix.
+    """
     tensors = {}
     for path, factors in adapter.layers.items():
         tensors[f"{PREFIX}{path}.lora_A.weight"] = factors.A.contiguous()
         tensors[f"{PREFIX}{path}.lora_B.weight"] = factors.B.contiguous()
         if factors.magnitude is not None:
             tensors[f"{PREFIX}{path}.lora_magnitude_vector"] = factors.magnitude.contiguous()
+    for path, state in adapter.extras.items():
+        tensors |= {f"{PREFIX}{path}.{name}": tensor.contiguous() for name, tensor in state.items()}
     return tensors
 
 
@@ -173,7 +188,7 @@ def to_peft(config: LoRAConfig, transposed: bool = False) -> dict:
         "use_dora": config.use_dora,
         "bias": "none",
         "fan_in_fan_out": transposed,
-        "modules_to_save": None,
+        "modules_to_save": list(config.modules_to_save) or None,
         "layers_to_transform": None,
         "layers_pattern": None,
         "init_lora_weights": True,
@@ -220,6 +235,7 @@ def from_peft(found: Mapping, where: Path) -> LoRAConfig:
         base_model_name_or_path=found.get("base_model_name_or_path"),
         revision=found.get("revision"),
         task_type=found.get("task_type"),
+        modules_to_save=tuple(found.get("modules_to_save") or ()),
     )
 
 
@@ -245,6 +261,35 @@ def _fingerprint(file: Path) -> Fingerprint | None:
         raise ModelError(
             Problem("the fingerprint of its base can't be read", where=str(file), fix="copy or train it again")
         ) from error
+
+
+def _extras(tensors: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, dict[str, Tensor]]:
+    """What is trained whole, by module: the outermost one whose path ends in one of the names, as PEFT finds it."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for full, tensor in tensors.items():
+        parts = full.removeprefix(PREFIX).split(".")
+        paths = [".".join(parts[:n]) for n in range(1, len(parts))]
+        path = next((path for path in paths if path.endswith(tuple(names))), None)
+        if path is not None and full.startswith(PREFIX) and ".lora_" not in full:
+            found.setdefault(path, {})[full.removeprefix(f"{PREFIX}{path}.")] = tensor.to(torch.float32)
+    return {path: found[path] for path in sorted(found)}
+
+
+def _labels(file: Path, config: LoRAConfig, extras: Mapping[str, Mapping[str, Tensor]]) -> tuple[str, ...]:
+    """A classifier's labels; in files of PEFT, which keep none, transformers' `LABEL_0` … for each output of the head."""
+    text = read_metadata(file).get(LABELS)
+    if text is None and config.task_type == SEQ_CLS:
+        outputs = [len(tensor) for state in extras.values() for tensor in state.values() if tensor.ndim == 2]
+        return tuple(
+            f"LABEL_{i}" for i in range(min(outputs, default=0))
+        )  # of a head's matrices, the last is narrowest
+    try:
+        found = json.loads(text) if text else []
+    except (ValueError, RecursionError):
+        found = None
+    if not _are_texts(found) or found is None or len(found) > MOST_LABELS:
+        raise ModelError(Problem("its labels can't be read", where=str(file), fix="copy or train it again"))
+    return tuple(found)
 
 
 def _layers(tensors: Mapping[str, Tensor], config: LoRAConfig, where: Path) -> dict[str, Factors]:

@@ -51,13 +51,16 @@ def choose_targets(
     head: Collection[str] = (),
     exclude: Iterable[str] = (),
     layers: Collection[int] | None = None,
+    whole: Collection[str] = (),
 ) -> list[str]:
     """The paths among `linears` that `targets` name, in the model's order.
 
-    `head` are output projections: letters and all-linear leave them out, an explicit name reaches them.
+    `head` are output projections: letters and all-linear leave them out, an explicit name reaches them. `whole` are
+    modules that are trained whole: letters and all-linear leave out what is in them, an explicit name is an error.
     Raises ModelError for every entry that matches nothing, naming the nearest modules.
     """
-    body = [path for path in linears if path not in head]
+    held = {path for path in linears if path in whole or inside(path, whole)}
+    body = [path for path in linears if path not in head and path not in held]
     if targets == ALL_LINEAR:
         chosen = set(body)
     elif is_letters(targets):
@@ -65,6 +68,9 @@ def choose_targets(
     else:
         entries = [targets] if isinstance(targets, str) else list(targets)
         chosen = _by_patterns(entries, linears, key="lora.targets")
+        if both := [path for path in linears if path in chosen & held]:
+            what = f"{both[0]} is trained whole, and `lora.targets` names it too"
+            raise ModelError(Problem(what, fix="name it in one of `lora.targets` and `lora.modules_to_save`"))
     if exclude := list(exclude):
         chosen -= _by_patterns(exclude, linears, key="lora.exclude")
     if layers is not None:
@@ -110,6 +116,28 @@ def fused_notices(targets: str | Sequence[str], chosen: Iterable[str]) -> list[s
     ]
 
 
+def choose_whole(names: Sequence[str], modules: Sequence[str]) -> list[str]:
+    """The paths among `modules` that `lora.modules_to_save` names, outermost ones alone, in the model's order."""
+    chosen = _by_patterns(names, modules, key="lora.modules_to_save", kind="module")
+    return [path for path in modules if path in chosen and not inside(path, chosen)]
+
+
+def inside(path: str, modules: Collection[str]) -> str | None:
+    """The one of `modules` that the module at `path` is a part of."""
+    return next((module for module in modules if path.startswith(f"{module}.")), None)
+
+
+def names_to_save(chosen: Collection[str], every_module: Collection[str]) -> tuple[str, ...]:
+    """The shortest endings that name exactly `chosen` among `every_module`: PEFT's `modules_to_save`, whose rule is
+    plain `endswith`, across the borders of names (`norm` would be every `input_layernorm` too)."""
+    others = [path for path in every_module if path not in chosen]
+
+    def name(path: str) -> str:
+        return next((end for end in _endings_of(path) if not any(other.endswith(end) for other in others)), path)
+
+    return tuple(sorted(map(name, chosen)))
+
+
 def shortest_suffixes(chosen: Collection[str], every_module: Collection[str]) -> tuple[str, ...]:
     """The fewest, shortest path endings that name exactly `chosen` among `every_module`: PEFT's `target_modules`."""
     chosen, suffixes = set(chosen), set()
@@ -135,7 +163,7 @@ def _by_letters(letters: str, body: Sequence[str]) -> set[str]:
     return {path for path, found in roles.items() if set(found) & set(letters)}
 
 
-def _by_patterns(entries: Sequence[str], linears: Sequence[str], *, key: str) -> set[str]:
+def _by_patterns(entries: Sequence[str], linears: Sequence[str], *, key: str, kind: str = "linear layer") -> set[str]:
     chosen: set[str] = set()
     problems = []
     for entry in entries:
@@ -152,7 +180,7 @@ def _by_patterns(entries: Sequence[str], linears: Sequence[str], *, key: str) ->
         if not found:
             problems.append(
                 Problem(
-                    f"`{entry}` in `{key}` matches no linear layer of this model",
+                    f"`{entry}` in `{key}` matches no {kind} of this model",
                     fix=f"the nearest: {_nearest(entry, linears)}",
                 )
             )

@@ -18,12 +18,18 @@ class Storage:
     shape: Callable[[nn.Module], tuple[int, int]]
     read: Callable[[nn.Module], Tensor]
     transposed: bool = False  # the file holds [in, out]: PEFT's fan_in_fan_out
+    quantised: bool = False
 
 
 def storage_of(layer: nn.Module) -> Storage | None:
     """The row for a layer, or None when it is no linear layer that we know."""
     names = {cls.__name__ for cls in type(layer).__mro__}
     return next((row for row in STORAGES if row.class_name in names), None)
+
+
+def is_quantised(layer: nn.Module) -> bool:
+    storage = storage_of(layer)
+    return storage is not None and storage.quantised
 
 
 def dense(layer: nn.Module) -> Tensor:
@@ -66,8 +72,8 @@ def _read_8bit(layer: nn.Module) -> Tensor:
 
 # The quantised layers inherit from nn.Linear, so they stand before it.
 STORAGES = (
-    Storage("Linear4bit", _features, _read_4bit),
-    Storage("Linear8bitLt", _features, _read_8bit),
+    Storage("Linear4bit", _features, _read_4bit, quantised=True),
+    Storage("Linear8bitLt", _features, _read_8bit, quantised=True),
     Storage("Conv1D", lambda layer: (layer.nf, layer.nx), lambda layer: layer.weight.T, transposed=True),
     Storage("Linear", _features, lambda layer: layer.weight),
 )

@@ -13,10 +13,11 @@ from lora_cli.data.types import Example
 from lora_cli.errors import ModelError, Problem, SafetyError, UserError, is_out_of_memory, said
 from lora_cli.lora.base_files import weight_files
 from lora_cli.models.base import Base, refuse_foreign_code
+from lora_cli.models.heads import SUFFIX, Head, configure, head_modules, may_be_new, start
 from lora_cli.models.quiet import quiet_transformers
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +32,11 @@ BASE_DROPOUTS = (
     "attn_pdrop",
     "resid_pdrop",
     "embd_pdrop",
+    "classifier_dropout",
+    "classifier_dropout_prob",
+    "seq_classif_dropout",
+    "cls_dropout",
+    "pooler_dropout",
 )
 FOREIGN_CODE = "trust_remote_code"  # what transformers asks for
 ATTENTIONS = {"auto": None, "eager": "eager", "sdpa": "sdpa", "flash": "flash_attention_2", "flex": "flex_attention"}
@@ -62,50 +68,70 @@ def load_model(
     quantize: str = "none",
     attention: str = "auto",
     device: torch.device | str = "cpu",
+    head: Head | None = None,
 ) -> "PreTrainedModel":
-    """The base in evaluation mode, with no parameter trainable. Raises ModelError for weights that don't fit the config,
-    and SafetyError for pickled ones."""
-    from transformers import AutoModelForCausalLM
+    """The base in evaluation mode, with no parameter trainable but those of a head that is new.
 
+    Raises ModelError for weights that don't fit the config, and SafetyError for pickled ones.
+    """
     quiet_transformers()
     weight_files(base.folder)  # transformers would take a pickle that an index of safetensors names
+    left_out = head_modules(skeleton(base.folder, head)) if head and quantize != "none" else None
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = _auto_class(head).from_pretrained(
             base.folder,
-            config=_config(base),
+            config=_config(base, head),
             dtype=dtype,
             attn_implementation=ATTENTIONS[attention],
-            quantization_config=_quantization(quantize, dtype),
+            quantization_config=_quantization(quantize, dtype, left_out),
             device_map={"": device} if quantize != "none" or torch.device(device).type != "cpu" else None,
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            ignore_mismatched_sizes=head is not None,  # of a head for other labels
         )
     except Exception as error:  # whatever the libraries make of foreign files
         if is_out_of_memory(error):
             raise
-        raise _of_foreign_file(f"the base can't be loaded: {said(error)}", base.folder, error, _fix(error)) from error
-    _check_complete(base, info)
+        raise _of_foreign_file(
+            f"the base can't be loaded: {said(error)}", base.folder, error, _fix(error, head)
+        ) from error
     model.requires_grad_(False)
+    _check_complete(base, model, info, head)
+    if head:
+        model.config.pad_token_id = head.pad_token_id  # a decoder's last token is the last that is not this one
     return model.eval()
 
 
-def skeleton(folder: Path) -> "PreTrainedModel":
+def skeleton(folder: Path, head: Head | None = None) -> "PreTrainedModel":
     """The model's modules without any weights, on the meta device. Raises ModelError for a config that makes none."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     quiet_transformers()
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        return without_weights(config, head)
     except Exception as error:
         what = f"the base can't be built from its config: {said(error)}"
-        raise _of_foreign_file(what, folder / "config.json", error, _fix(error)) from error
+        raise _of_foreign_file(what, folder / "config.json", error, _fix(error, head)) from error
 
 
-def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a base or of a run folder. Padding is masked by position, so pad = eos does no harm."""
+def without_weights(config: "PretrainedConfig", head: Head | None = None) -> "PreTrainedModel":
+    """The modules that a config describes, on the meta device; of a head, the parameters count as new."""
+    if head:
+        configure(config, head)
+    with torch.device("meta"):
+        model = _auto_class(head).from_config(config, trust_remote_code=False).requires_grad_(False)
+    for path in head_modules(model) if head else ():
+        model.get_submodule(path).requires_grad_(True)
+    return model
+
+
+def load_tokenizer(folder: Path, *, writes: bool = True) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a base or of a run folder; of a model that `writes` answers, it must name an end token.
+
+    Padding is masked by position, so pad = eos does no harm.
+    """
     from transformers import AutoTokenizer
 
     quiet_transformers()
@@ -117,7 +143,7 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
             raise
         fix = "copy the tokenizer's files beside the weights"
         raise _of_foreign_file(f"the tokenizer can't be loaded: {said(error)}", folder, error, fix) from error
-    if tokenizer.eos_token_id is None:
+    if writes and tokenizer.eos_token_id is None:
         raise ModelError(
             Problem(
                 "the tokenizer names no end token, so no answer could learn to stop",
@@ -126,6 +152,10 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
             )
         )
     if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            what = "the tokenizer names neither a padding token nor an end token, so rows can't be batched"
+            fix = "set `pad_token` in tokenizer_config.json"
+            raise ModelError(Problem(what, where=str(folder), fix=fix))
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -158,7 +188,7 @@ def check_vocabulary(model: "PreTrainedModel", examples: Sequence[Example]) -> N
                 fix="use the tokenizer that belongs to the model: copy its files into the model's folder",
             )
         )
-    positions = getattr(model.config, "max_position_embeddings", None)
+    positions = _positions(model)
     if positions and (length := len(longest.input_ids)) > positions:
         problems.append(
             Problem(
@@ -172,7 +202,10 @@ def check_vocabulary(model: "PreTrainedModel", examples: Sequence[Example]) -> N
 
 
 def head_paths(model: "PreTrainedModel") -> set[str]:
-    """The paths of the output projection: letters and `all-linear` leave it out."""
+    """The paths of the output projection, or of a classifier's head: letters and `all-linear` leave them out."""
+    if type(model).__name__.endswith(SUFFIX):
+        own = tuple(head_modules(model))
+        return {path for path, _ in model.named_modules() if path.partition(".")[0] in own}
     head = model.get_output_embeddings()
     return {path for path, module in model.named_modules() if module is head}
 
@@ -186,18 +219,37 @@ def checkpoint_activations(model: "PreTrainedModel") -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
 
 
-def _config(base: Base):
+def _auto_class(head: Head | None):
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    return AutoModelForSequenceClassification if head else AutoModelForCausalLM
+
+
+def _positions(model: "PreTrainedModel") -> int | None:
+    """The tokens of the longest row; RoBERTa's first positions are those of its padding."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    offset = (
+        module.padding_idx + 1
+        for name, module in model.named_modules()
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None
+    )
+    return positions and positions - next(offset, 0)
+
+
+def _config(base: Base, head: Head | None):
     """The base's config with its own dropout off: `lora.dropout` is the only one, and 0 of it is none."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(base.folder, trust_remote_code=False)
+    if head:
+        configure(config, head)
     for name in BASE_DROPOUTS:
         if hasattr(config, name):
             setattr(config, name, 0.0)
     return config
 
 
-def _quantization(quantize: str, dtype: torch.dtype):
+def _quantization(quantize: str, dtype: torch.dtype, left_out: list[str] | None):
     if quantize == "none":
         return None
     from transformers import BitsAndBytesConfig
@@ -205,27 +257,40 @@ def _quantization(quantize: str, dtype: torch.dtype):
     # LLM.int8 and bitsandbytes log a line for every layer and call on a CPU
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if quantize == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=left_out)
     return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=left_out,  # of both kinds
     )
 
 
-def _check_complete(base: Base, info: dict) -> None:
+def _check_complete(base: Base, model: "PreTrainedModel", info: dict, head: Head | None) -> None:
+    """Raise ModelError for weights that are not there; those of a head may be, and are started where no adapter has them."""
+    missing = {str(key) for key in info.get("missing_keys") or ()}
+    mismatched = {str(key[0] if isinstance(key, tuple) else key) for key in info.get("mismatched_keys") or ()}
+    lacking = missing | mismatched
+    known = set() if head is None else {name for name in lacking if may_be_new(model, name)}
+    if head and head.brought is not None:
+        known &= head.brought
     problems = [
         Problem(
-            f"the base has {len(info[key])} {text}, first {sorted(map(str, info[key]))[0]}",
+            f"the base has {len(found)} {text}, first {min(found)}",
             where=str(base.folder),
             fix="download it again, or take one whose config and weights belong together",
         )
-        for key, text in (
-            ("missing_keys", "weights missing"),
-            ("mismatched_keys", "weights of another shape than its config says"),
+        for found, text in (
+            (missing - known, "weights missing"),
+            (mismatched - known, "weights of another shape than its config says"),
         )
-        if info.get(key)
+        if found
     ]
     if problems:
         raise ModelError(*problems)
+    if head and head.brought is None:
+        start(model, lacking, head.seed)
 
 
 def _of_foreign_file(what: str, where: Path, error: Exception, fix: str) -> UserError:
@@ -237,7 +302,9 @@ def _of_foreign_file(what: str, where: Path, error: Exception, fix: str) -> User
     return ModelError(Problem(what, where=str(where), fix=fix))
 
 
-def _fix(error: Exception) -> str:
+def _fix(error: Exception, head: Head | None) -> str:
+    if head and "Unrecognized configuration class" in str(error):
+        return "transformers has no classifier of this kind: choose a base such as BERT, RoBERTa, Llama or Qwen"
     text = str(error).lower()
     if "flash" in text or "flex" in text:
         return "use `model.attention: sdpa`, or install what the message names"

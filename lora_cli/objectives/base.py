@@ -21,3 +21,5 @@ class Loss(NamedTuple):
 
 
 Objective = Callable[[nn.Module, Batch], Loss]
+Measure = Callable[[Mapping[str, Tensor]], dict[str, float]]
+"""(metrics summed over all held-out rows) -> figures by name, such as the accuracy."""

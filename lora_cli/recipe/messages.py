@@ -9,9 +9,9 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from lora_cli.recipe.document import Document, Finding, KeyPath, Place, shown
-from lora_cli.recipe.schema import blocks, keys, source_field
+from lora_cli.recipe.schema import blocks, inner_field, inner_of, keys
 from lora_cli.recipe.spelling import dotted, fits, near, path_in, spelled, written
-from lora_cli.recipe.unknown import SOURCE, unknown_key
+from lora_cli.recipe.unknown import unknown_key
 
 # Pydantic's type of an error -> what the value must be
 MUST_BE: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
@@ -43,20 +43,21 @@ def findings_of(error: ValidationError, document: Document) -> tuple[list[Findin
     errors = error.errors(include_url=False)
     unknown = [unknown_key(e["loc"], document) for e in errors if e["type"] == "extra_forbidden"]
     meant = {key for _, key in unknown if key}
-    inside = [e for e in errors if e["type"] in ("extra_forbidden", "missing") and _is_in_a_source(e["loc"])]
+    inside = [e for e in errors if e["type"] in ("extra_forbidden", "missing") and inner_of(e["loc"])]
     missing = [key for e in errors if e["type"] == "missing" and e not in inside for key in _missing(e["loc"])]
     wrong = [e for e in errors if e["type"] not in ("extra_forbidden", "missing")]
     findings = [
         *(finding for finding, _ in unknown),
         *(_needed(key, document) for key in missing if key not in meant),
-        *(_needed_source(e["loc"], document) for e in inside if e["type"] == "missing" and SOURCE not in meant),
+        *(_needed_inside(e["loc"], document) for e in inside if e["type"] == "missing" and _name_of(e) not in meant),
         *_wrong_values(wrong, document),
     ]
     return findings, meant | {*missing} | {key for e in (*wrong, *inside) for key in _broken(e["loc"])}
 
 
-def _is_in_a_source(loc: KeyPath) -> bool:
-    return len(loc) > 3 and loc[:2] == ("data", "train")
+def _name_of(error: ErrorDetails) -> str:
+    """`data.train.source`: a key of a block inside a value, apart from where it stands."""
+    return dotted((*error["loc"][:2], error["loc"][-1]))
 
 
 def _broken(loc: KeyPath) -> list[str]:
@@ -79,10 +80,10 @@ def _wrong_values(errors: list[ErrorDetails], document: Document) -> Iterable[Fi
 def _wrong_value(key: str, path: KeyPath, errors: list[ErrorDetails], document: Document) -> Finding:
     place, given = document.places[path], errors[0]["input"]
     if any(e["type"] in EMPTY for e in errors):
-        return place.problem(f"`{dotted(path)}` is empty", _source_fix(path, given) or _example(place, key))
+        return place.problem(f"`{dotted(path)}` is empty", _inner_fix(path, given) or _example(place, key))
     phrases = dict.fromkeys(MUST_BE[e["type"]](e.get("ctx", {})) for e in errors)
     what = f"`{dotted(path)}` must be {' or '.join(phrases)}, not {_described(given)}"
-    return place.problem(what, _source_fix(path, given) or _fix(place, key, errors, given))
+    return place.problem(what, _inner_fix(path, given) or _fix(place, key, errors, given))
 
 
 def _described(value: Any) -> str:
@@ -107,12 +108,12 @@ def _fix(place: Place, key: str, errors: list[ErrorDetails], given: Any) -> str:
     return _example(place, key)
 
 
-def _source_fix(path: KeyPath, given: Any) -> str:
-    """The fix for a key of a source; '' for another path."""
-    if not (found := source_field(path)):
+def _inner_fix(path: KeyPath, given: Any) -> str:
+    """The fix for a key of a block inside a value; '' for another path."""
+    if not (found := inner_field(path)):
         return ""
     name, field = found
-    if given is None and len(path) == 4 and not field.is_required():
+    if given is None and path[-1] == name and not field.is_required():
         return f"leave `{name}` out"
     value = field.examples[0] if field.examples else field.default
     return f"for example `{name}: {spelled(value)}`"
@@ -160,8 +161,8 @@ def _needed(key: str, document: Document) -> Finding:
     return place.problem(f"`{key}` is needed", f"add `{block}: {{{name}: {example}}}`", quoted=False)
 
 
-def _needed_source(loc: KeyPath, document: Document) -> Finding:
-    path = path_in(loc, document.values)
+def _needed_inside(loc: KeyPath, document: Document) -> Finding:
+    path, (name, field) = path_in(loc, document.values), inner_field(path_in(loc, document.values) + loc[-1:])
     return document.places[path].problem(
-        f"`{dotted(path)}.source` is needed", "add `source: ` with a path or hub id, as in `{source: train.jsonl}`"
+        f"`{dotted(path)}.{name}` is needed", f"add `{name}`, as in `{spelled({name: field.examples[0]})}`"
     )

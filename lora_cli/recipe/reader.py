@@ -16,7 +16,7 @@ from lora_cli.errors import Problem, RecipeError, SafetyError
 from lora_cli.recipe.document import MOST_BYTES, Document, Finding, Source, override, parse, visible
 from lora_cli.recipe.messages import findings_of
 from lora_cli.recipe.rules import RULES
-from lora_cli.recipe.schema import Recipe, blocks, keys, share_of
+from lora_cli.recipe.schema import Block, Recipe, blocks, keys, share_of
 
 
 @dataclass(frozen=True)
@@ -166,6 +166,8 @@ def _origin(key: str, document: Document) -> str:
 
 def _portable(key: str, loaded: LoadedRecipe) -> Any:
     value = value_of(loaded.recipe, key)
+    if isinstance(value, Block):
+        return value.model_dump(exclude_defaults=True)
     if key not in ("data.train", "data.eval") or value is None:
         return value
     folder = loaded.path.parent

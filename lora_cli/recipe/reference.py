@@ -5,7 +5,7 @@ from typing import Any
 from pydantic.fields import FieldInfo
 
 from lora_cli.recipe.other_tools import foreign_names
-from lora_cli.recipe.schema import Recipe, Source, blocks, keys
+from lora_cli.recipe.schema import Classify, Recipe, Source, blocks, keys
 from lora_cli.recipe.spelling import spelled
 
 EXAMPLE = """\
@@ -61,6 +61,20 @@ those with nothing to learn are left out. The mix is a function of `training.see
 
 """
 
+OBJECTIVES = """\
+### Objectives
+
+`objective: classify` trains a classifier: rows have a `text` and a `label` (a word or a whole number), and perhaps a
+`text_pair` that is read behind the text. Of an encoder (BERT, RoBERTa …) or a decoder (Llama, Qwen …), a new head with
+an output for each label is trained whole beside the LoRA layers. With options it is a block of these keys:
+
+```yaml
+training:
+  objective: {kind: classify, labels: [ham, spam]}
+```
+
+"""
+
 NAMES = """\
 ## Names from other tools
 
@@ -89,6 +103,8 @@ def recipe_page() -> str:
         parts.append(f"## `{name}`\n\n{block.__doc__}\n\n{_table(inner)}")
         if name == "data":
             parts.append(SOURCES + _table(Source.model_fields))
+        if name == "training":
+            parts.append(OBJECTIVES + _table(Classify.model_fields))
     parts.append(f"## Beside the blocks\n\n{_table({key: field for key, field in keys().items() if '.' not in key})}")
     rows = (f"| `{name}` | {other.tool} | {_here(name)} |" for name, other in sorted(foreign_names().items()))
     parts.append(NAMES + "\n".join(rows) + "\n")
@@ -113,8 +129,9 @@ def _shapes() -> dict[int, dict[str, Any]]:
     """The JSON Schema of each key, by the identity of its field."""
     schema = Recipe.model_json_schema()
     found = {}
-    for name, field in Source.model_fields.items():
-        found[id(field)] = schema["$defs"]["Source"]["properties"][name]
+    for inner in (Source, Classify):
+        for name, field in inner.model_fields.items():
+            found[id(field)] = schema["$defs"][inner.__name__]["properties"][name]
     for key, field in keys().items():
         block, _, name = key.rpartition(".")
         properties = schema["$defs"][blocks()[block].__name__]["properties"] if block else schema["properties"]
@@ -127,7 +144,7 @@ def _type(shape: dict[str, Any]) -> str:
     if branches := shape.get("anyOf") or shape.get("oneOf"):
         return " or ".join(_type(branch) for branch in branches)
     if "$ref" in shape:
-        return f"a {shape['$ref'].rpartition('/')[2].lower()}"
+        return REFERENCES[shape["$ref"].rpartition("/")[2]]
     if "const" in shape or "enum" in shape:
         return ", ".join(f"`{choice}`" for choice in shape.get("enum", [shape.get("const")]))
     if shape["type"] == "array":
@@ -137,6 +154,7 @@ def _type(shape: dict[str, Any]) -> str:
     return " ".join(filter(None, (TYPES[shape["type"]], _limits(shape))))
 
 
+REFERENCES = {"Source": "a source", "Classify": "a block"}
 TYPES = {"integer": "whole number", "number": "number", "boolean": "true or false", "string": "text", "null": "null"}
 SIGNS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from lora_cli.errors import Problem
 from lora_cli.recipe.document import shown
-from lora_cli.recipe.schema import Recipe, share_of, sources_of
+from lora_cli.recipe.schema import Recipe, labels_of, share_of, sources_of
 from lora_cli.recipe.template import how_to_ask, prompt_text
 
 
@@ -79,6 +79,48 @@ def a_template_is_a_format(recipe: Recipe) -> Problem | None:
         return None
     what = f"`data.template` and `data.format: {data.format}` both say how a row is read"
     return Problem(what, fix="leave one of them out; a source in `data.train` may have a `format` of its own")
+
+
+def labelled_rows_are_classified(recipe: Recipe) -> Problem | None:
+    if labels_of(recipe.training) is not None or "labelled" not in _formats(recipe):
+        return None
+    what = "`data.format: labelled` has a label for each row, and `training.objective` is not `classify`"
+    return Problem(what, fix="set `training.objective: classify`, or another `data.format`")
+
+
+def classified_rows_are_labelled(recipe: Recipe) -> Problem | None:
+    others = _formats(recipe) - {"auto", "labelled"}
+    if labels_of(recipe.training) is None or not others:
+        return None
+    what = f"`training.objective: classify` reads rows with a label, and `data.format: {min(others)}` has none"
+    return Problem(what, fix="set `data.format: labelled`, or leave it out")
+
+
+def a_classifier_writes_nothing(recipe: Recipe) -> Problem | None:
+    if labels_of(recipe.training) is None:
+        return None
+    data, training = recipe.data, recipe.training
+    idle = {
+        "data.template": data.template is not None,
+        "data.train_on": data.train_on != "answers",
+        "training.sample_prompts": bool(training.sample_prompts),
+    }
+    if not (names := [f"`{name}`" for name, given in idle.items() if given]):
+        return None
+    what = f"`training.objective: classify` learns labels and writes no text: {' and '.join(names)} mean nothing there"
+    return Problem(what, fix=f"leave {'it' if len(names) == 1 else 'them'} out")
+
+
+def labels_stand_once(recipe: Recipe) -> Problem | None:
+    labels = labels_of(recipe.training) or ()
+    twice = next((label for label in labels if labels.count(label) > 1), None)
+    if twice is None:
+        return None
+    return Problem(f"`training.objective.labels` names `{shown(twice)}` twice", fix="name each label once")
+
+
+def _formats(recipe: Recipe) -> set[str]:
+    return {recipe.data.format, *(source.format for source in sources_of(recipe.data.train) if source.format)}
 
 
 def micro_batch_fits_the_global_batch(recipe: Recipe) -> Problem | None:
@@ -158,6 +200,12 @@ RULES = (
     Rule(("data.template", "data.format"), a_template_is_a_format),
     Rule(("data.eval",), share_leaves_rows_on_both_sides),
     Rule(("data.eval",), share_has_its_sign),
+    Rule(("data.format", "data.train", "training.objective"), labelled_rows_are_classified),
+    Rule(("data.format", "data.train", "training.objective"), classified_rows_are_labelled),
+    Rule(
+        ("training.objective", "data.template", "data.train_on", "training.sample_prompts"), a_classifier_writes_nothing
+    ),
+    Rule(("training.objective",), labels_stand_once),
     Rule(("training.micro_batch_size", "training.global_batch_size"), micro_batch_fits_the_global_batch),
     Rule(("training.early_stopping_patience", "training.eval_steps", "data.eval"), patience_needs_evaluations),
     Rule(("training.keep_best", "training.eval_steps", "data.eval"), the_best_needs_evaluations),
@@ -166,6 +214,10 @@ RULES = (
     Rule(("training.sample_prompts", "data.template", "data.train"), sample_prompts_fill_the_template),
     Rule(("lora.targets",), lambda recipe: patterns_compile("lora.targets", _targets(recipe))),
     Rule(("lora.exclude",), lambda recipe: patterns_compile("lora.exclude", recipe.lora.exclude)),
+    Rule(
+        ("lora.modules_to_save",),
+        lambda recipe: patterns_compile("lora.modules_to_save", recipe.lora.modules_to_save),
+    ),
     Rule(("lora.rank_pattern",), lambda recipe: patterns_compile("lora.rank_pattern", recipe.lora.rank_pattern)),
     Rule(("lora.alpha_pattern",), lambda recipe: patterns_compile("lora.alpha_pattern", recipe.lora.alpha_pattern)),
 )

@@ -6,6 +6,7 @@ The models are frozen and know no YAML; `reader.py` gives values their place in 
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from inspect import isclass
 from typing import Annotated, Any, Literal
@@ -13,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator
 from pydantic.fields import FieldInfo
 
-from lora_cli.lora.config import LoRAConfig
+from lora_cli.lora.config import CAUSAL_LM, LoRAConfig
 from lora_cli.lora.targets import ALL_LINEAR
 from lora_cli.recipe.template import parse_template
 
@@ -28,7 +29,10 @@ Schedule = Literal[
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
 ]
 
-Format = Literal["auto", "text", "completion", "alpaca", "messages", "sharegpt", "tokens"]
+Format = Literal["auto", "text", "completion", "alpaca", "messages", "sharegpt", "tokens", "labelled"]
+
+
+NO_LABELS = ("0", "1")  # of a head that must be counted before its labels are known
 
 
 class Block(BaseModel):
@@ -116,13 +120,25 @@ class LoRA(Block):
         description="Another alpha for modules whose path ends in the pattern; the first match wins.",
         examples=[{"q_proj": 32}],
     )
+    modules_to_save: list[NonEmpty] = Field(
+        [],
+        description="Modules trained whole beside the LoRA layers, by name or pattern: embeddings, the head, norms; "
+        "they are in the adapter's file in full. The head of `objective: classify` is trained so by itself.",
+        examples=[["lm_head"]],
+    )
 
     @property
     def effective_alpha(self) -> float:
         return float(2 * self.r if self.alpha is None else self.alpha)
 
     def config(
-        self, target_modules: tuple[str, ...] = (), *, base: str | None = None, revision: str | None = None
+        self,
+        target_modules: tuple[str, ...] = (),
+        *,
+        modules_to_save: tuple[str, ...] = (),
+        task_type: str = CAUSAL_LM,
+        base: str | None = None,
+        revision: str | None = None,
     ) -> LoRAConfig:
         """The adapter that this block describes, once its targets are known; `.scale` is its effective scale."""
         return LoRAConfig(
@@ -136,6 +152,8 @@ class LoRA(Block):
             alpha_pattern=self.alpha_pattern,
             base_model_name_or_path=base,
             revision=revision,
+            task_type=task_type,
+            modules_to_save=modules_to_save,
         )
 
 
@@ -236,7 +254,7 @@ class Data(Block):
     packing: bool = Field(
         True,
         description="Put several rows into one, so that no time goes into padding; they never see each other, and "
-        "losses and steps are those of unpacked rows.",
+        "losses and steps are those of unpacked rows. Rows that are classified are not packed.",
     )
 
     @field_validator("template")
@@ -247,10 +265,43 @@ class Data(Block):
         return text
 
 
+class Sft(Block):
+    """Cross-entropy on the answers."""
+
+    kind: Literal["sft"] = "sft"
+
+
+class Classify(Block):
+    """Cross-entropy on the labels of rows, by a head that is trained whole."""
+
+    kind: Literal["classify"] = Field(
+        description="`classify` learns the `label` of each row's `text`.", examples=["classify"]
+    )
+    labels: Annotated[list[NonEmpty], Field(min_length=2)] | None = Field(
+        None,
+        description="The labels in the order of the head's outputs; null takes those of the training rows, sorted.",
+        examples=[["ham", "spam"]],
+    )
+
+
+def _kind_of_objective(value: Any) -> str:
+    return "<options>" if isinstance(value, dict | Block) else "<name>"
+
+
+Objective = Annotated[
+    Annotated[Literal["sft", "classify"], Tag("<name>")] | Annotated[Classify, Tag("<options>")],
+    Discriminator(_kind_of_objective),
+]
+
+
 class Training(Block):
     """The run: for how long, how fast, in what batches, and what is kept on the way."""
 
-    objective: Literal["sft"] = Field("sft", description="What is minimised; `sft` is cross-entropy on the answers.")
+    objective: Objective = Field(
+        "sft",
+        description="What is minimised; `sft` is cross-entropy on the answers, `classify` on the labels of rows; a "
+        "block such as `{kind: classify, labels: [ham, spam]}` gives it options.",
+    )
     epochs: PositiveNumber = Field(
         3,
         description="Passes over the training rows; may be a fraction. Raised with `--resume` it extends a run: from "
@@ -359,10 +410,30 @@ class Recipe(Block):
     output: NonEmpty = Field("out/", description="The run folder, relative to the current one; `--out` overrides it.")
 
 
-def source_field(path: Sequence[str | int]) -> tuple[str, FieldInfo] | None:
-    """The key of a Source at `data.train[…].…`, as a path; None for any other path."""
-    inside = len(path) > 3 and tuple(path[:2]) == ("data", "train") and str(path[3]) in Source.model_fields
-    return (str(path[3]), Source.model_fields[str(path[3])]) if inside else None
+@dataclass(frozen=True)
+class Inner:
+    """A value of a key that is a block of keys itself: what messages call it, and how deep its keys stand."""
+
+    of: str
+    block: type[Block]
+    depth: int
+
+
+# `data.train[0].weight`, `training.objective.labels`
+INNER = {"data.train": Inner("a source", Source, 3), "training.objective": Inner("an objective", Classify, 2)}
+
+
+def inner_of(path: Sequence[str | int]) -> Inner | None:
+    """The block inside a value that a path leads into; None for a path that ends before."""
+    inner = INNER.get(".".join(map(str, path[:2])))
+    return inner if inner and len(path) > inner.depth else None
+
+
+def inner_field(path: Sequence[str | int]) -> tuple[str, FieldInfo] | None:
+    """The key of such a block at a path, and its field; None for any other path, and for a key that it has not."""
+    inner = inner_of(path)
+    name = str(path[inner.depth]) if inner else ""
+    return (name, inner.block.model_fields[name]) if inner and name in inner.block.model_fields else None
 
 
 @cache
@@ -386,6 +457,18 @@ def sources_of(train: str | Sequence[str | Source]) -> list[Source]:
     """Each source of `data.train` as a Source, in order."""
     entries = [train] if isinstance(train, str) else train
     return [Source(source=entry) if isinstance(entry, str) else entry for entry in entries]
+
+
+def objective_of(training: Training) -> Sft | Classify:
+    """The objective with its options."""
+    named = {"sft": Sft(), "classify": Classify(kind="classify")}
+    return named[training.objective] if isinstance(training.objective, str) else training.objective
+
+
+def labels_of(training: Training) -> tuple[str, ...] | None:
+    """What rows are classified as; () where the training rows say it, None where nothing is classified."""
+    objective = objective_of(training)
+    return tuple(objective.labels or ()) if isinstance(objective, Classify) else None
 
 
 def seconds_of(time: str) -> int:

@@ -4,11 +4,10 @@ from typing import Any
 
 from lora_cli.recipe.document import Document, Finding, KeyPath, Place, looks_secret, shown
 from lora_cli.recipe.other_tools import Foreign, foreign
-from lora_cli.recipe.schema import Recipe, Source, blocks, keys
+from lora_cli.recipe.schema import Inner, Recipe, blocks, inner_of, keys
 from lora_cli.recipe.spelling import dotted, fits, near, path_in, written
 
 # How other tools call the keys of a source, where that is not a name of ours elsewhere
-SOURCE = "data.train[].source"
 SOURCE_KEYS = {
     **dict.fromkeys(("path", "file", "file_name", "data_files", "dataset", "dataset_name", "hf_hub_url"), "source"),
     **dict.fromkeys(("name", "subset", "config_name"), "config"),
@@ -26,8 +25,8 @@ def unknown_key(loc: KeyPath, document: Document) -> tuple[Finding, str]:
     if looks_secret(name):
         what = f"`{dotted(path)}` looks like a secret, and a recipe holds none"
         return place.problem(what, "remove it; tokens come from the environment (`HF_TOKEN`) or `hf auth login`"), ""
-    if len(path) == 4 and path[:2] == ("data", "train"):
-        return _unknown_in_source(path, place)
+    if inner := inner_of(path):
+        return _unknown_inside(path, place, inner)
     if other := foreign(name):
         what = f"`{shown(name)}` is {other.owner} name; here it is {other.here}"
         return place.problem(what, _foreign_fix(place, path, other, value)), other.key
@@ -43,12 +42,13 @@ def unknown_key(loc: KeyPath, document: Document) -> tuple[Finding, str]:
     return place.problem(what, _rename(place, path, nearest, value) if nearest else _known(path)), nearest
 
 
-def _unknown_in_source(path: KeyPath, place: Place) -> tuple[Finding, str]:
-    name = str(path[-1])
-    meant = SOURCE_KEYS.get(name.lower()) or near(name, Source.model_fields, 0.6)
-    fix = f"rename it to `{meant}`" if meant else f"the keys of a source are {', '.join(Source.model_fields)}"
-    finding = place.problem(f"`{dotted(path)}` is not a key of a source", fix)
-    return finding, SOURCE if meant == "source" else ""
+def _unknown_inside(path: KeyPath, place: Place, inner: Inner) -> tuple[Finding, str]:
+    name, fields = str(path[-1]), inner.block.model_fields
+    foreign_name = SOURCE_KEYS.get(name.lower(), "") if inner.of == "a source" else ""
+    meant = foreign_name or near(name, fields, 0.6)
+    fix = f"rename it to `{meant}`" if meant else f"the keys of {inner.of} are {', '.join(fields)}"
+    finding = place.problem(f"`{dotted(path)}` is not a key of {inner.of}", fix)
+    return finding, dotted((*path[:2], meant)) if meant and fields[meant].is_required() else ""
 
 
 def _value_at(values: Any, path: KeyPath) -> Any:

@@ -6,6 +6,7 @@ function and a row of CHECKS: it returns what it proved, returns a Problem to wa
 
 import logging
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from torch import nn
 
+from lora_cli.budget.modules import whole_of, whole_paths
 from lora_cli.budget.params import budget_of
 from lora_cli.budget.shapes import Linear
 from lora_cli.data.chat_template import tokenized
@@ -31,10 +33,10 @@ from lora_cli.lora.weights import storage_of
 from lora_cli.models.base import Base, resolve_base
 from lora_cli.models.load import check_vocabulary, head_paths, load_tokenizer, skeleton
 from lora_cli.recipe.reader import LoadedRecipe
-from lora_cli.recipe.schema import Recipe, share_of, sources_of
+from lora_cli.recipe.schema import Recipe, labels_of, objective_of, share_of, sources_of
 from lora_cli.runs.figures import Figures, figures_of
 from lora_cli.runs.parts import Rows
-from lora_cli.runs.rows import load_rows, planned
+from lora_cli.runs.rows import load_rows, new_head, planned
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -46,6 +48,8 @@ FEW_ROWS = 500
 TALKING = ("messages", "sharegpt", "alpaca")  # formats that the chat template renders
 SAMPLED = 32  # rows of a source whose prompts are rendered as inference renders them
 NAMED = 5  # rows that a message names
+LARGEST_SHARE = 0.8  # of the rows, that one label may have
+IMBALANCE = 10  # times as many rows of one label as of another
 NO_TALK = "no row is a conversation: prompts are plain text"
 COPIES = 1 + 2  # an adapter in a checkpoint, with Adam's two moments
 
@@ -62,6 +66,11 @@ class Facts:
     @property
     def recipe(self) -> Recipe:
         return self.loaded.recipe
+
+    @property
+    def kind(self) -> str:
+        """Of the objective."""
+        return objective_of(self.recipe.training).kind
 
     @property
     def examples(self) -> list[Example]:
@@ -99,20 +108,24 @@ class Report:
 def check(loaded: LoadedRecipe) -> Report:
     """Everything, to the end: one fault does not hide the next, unless there is nothing left to look at."""
     faults: list[Finding] = []
-    model = loaded.recipe.model
+    model, training = loaded.recipe.model, loaded.recipe.training
     base = _made("base", lambda: resolve_base(model.base, model.revision, weights=False), faults)
     if base is None:
         return Report(tuple(faults), None)
-    tokenizer = _made("tokenizer", lambda: load_tokenizer(base.folder), faults)
+    tokenizer = _made("tokenizer", lambda: load_tokenizer(base.folder, writes=labels_of(training) is None), faults)
     found = _made("rows", lambda: load_rows(loaded, tokenizer), faults) if tokenizer else None
-    facts = Facts(loaded, tokenizer, found, _made("model", lambda: skeleton(base.folder), faults))
+    head = new_head(training, found.labels if found else ())
+    facts = Facts(loaded, tokenizer, found, _made("model", lambda: skeleton(base.folder, head), faults))
     findings = (*faults, *_findings(facts))
     return Report(findings, figures_of(loaded.recipe, found, facts.model) if found else None)
 
 
 def check_rows(loaded: LoadedRecipe, base: Base, tokenizer: "PreTrainedTokenizerBase", rows: Rows) -> None:
     """The checks on rows that are there already: raises what `check` would call a failure, and logs its warnings."""
-    model = _made("model", lambda: skeleton(base.folder), [])  # without one, `prepare` finds out on the real model
+    head = new_head(loaded.recipe.training, rows.labels)
+    model = _made(
+        "model", lambda: skeleton(base.folder, head), []
+    )  # without one, `prepare` finds out on the real model
     findings = _findings(Facts(loaded, tokenizer, rows, model))
     if fails := [finding for finding in findings if finding.level == "fail"]:
         raise ERRORS[fails[0].code](*(finding.problem for finding in fails))
@@ -121,11 +134,16 @@ def check_rows(loaded: LoadedRecipe, base: Base, tokenizer: "PreTrainedTokenizer
             log.warning("%s; fix: %s", finding.what, finding.fix)
 
 
-def target_paths(recipe: Recipe, model: nn.Module) -> list[str]:
+def target_paths(recipe: Recipe, model: "PreTrainedModel", whole: Sequence[str]) -> list[str]:
     """The modules that the recipe's targets name in this model. Raises ModelError for a target or pattern without any."""
     lora = recipe.lora
     paths = choose_targets(
-        lora.targets, list(linears(model)), head=head_paths(model), exclude=lora.exclude, layers=lora.layers
+        lora.targets,
+        list(linears(model)),
+        head=head_paths(model),
+        exclude=lora.exclude,
+        layers=lora.layers,
+        whole=whole,
     )
     check_patterns(lora.rank_pattern, paths, key="lora.rank_pattern")
     check_patterns(lora.alpha_pattern, paths, key="lora.alpha_pattern")
@@ -142,7 +160,8 @@ def something_is_trained(facts: Facts) -> str:
                 fix="raise `data.max_length`, or take these rows out",
             )
         )
-    return f"each of {len(facts.examples):,} examples has trained tokens"
+    learned = "trained tokens" if facts.kind == "sft" else "a label to learn"
+    return f"each of {len(facts.examples):,} examples has {learned}"
 
 
 def turns_end_on_a_stop_token(facts: Facts) -> str | Problem:
@@ -212,8 +231,9 @@ def prompts_are_those_of_inference(facts: Facts) -> str:
 
 
 def targets_are_found(facts: Facts) -> str:
-    paths = target_paths(facts.recipe, facts.model)
-    return f"{len(paths):,} modules get an adapter"
+    whole = whole_paths(facts.model, facts.recipe.lora.modules_to_save)
+    paths = target_paths(facts.recipe, facts.model, whole)
+    return f"{len(paths):,} modules get an adapter" + (f", trained whole: {', '.join(whole)}" if whole else "")
 
 
 def tokens_have_embeddings(facts: Facts) -> str:
@@ -224,13 +244,16 @@ def tokens_have_embeddings(facts: Facts) -> str:
 def the_disk_has_room(facts: Facts) -> str:
     """For the adapter and for as many checkpoints as are kept, with the one that is being written."""
     try:
-        paths = target_paths(facts.recipe, facts.model)
+        whole = whole_paths(facts.model, facts.recipe.lora.modules_to_save)
+        paths = target_paths(facts.recipe, facts.model, whole)
     except ModelError:
         return "unknown until the targets are found"
     output = Path(facts.recipe.output).resolve()
     there = next(path for path in (output, *output.parents) if path.exists())
     free = shutil.disk_usage(there).free
-    needed = adapter_bytes(facts.recipe, facts.model, paths) * COPIES * (facts.recipe.training.keep_checkpoints + 1)
+    needed = (
+        adapter_bytes(facts.recipe, facts.model, paths, whole) * COPIES * (facts.recipe.training.keep_checkpoints + 1)
+    )
     if free < needed:
         raise StorageError(
             Problem(
@@ -270,6 +293,21 @@ def steps_are_many(facts: Facts) -> str | Problem:
     return Problem(what, fix=f"raise {raising}, or lower `training.global_batch_size`")
 
 
+def labels_are_balanced(facts: Facts) -> str | Problem:
+    """A classifier that always names the largest class would seem good, and of a label with few rows little is learned."""
+    labels = list(facts.rows.report.labels)
+    counted = Counter(dict.fromkeys(labels, 0) | Counter(labels[example.label] for example in facts.rows.train))
+    (most, many), (least, few) = counted.most_common()[0], counted.most_common()[-1]
+    share = many / sum(counted.values())
+    if not few:
+        what = f"no training row has the label `{quote(least)}` of `training.objective.labels`"
+        return Problem(what, fix="add rows with it, or take it out of the labels")
+    what = f"{share:.0%} of the training rows have the label `{quote(most)}`, and {few:,} have `{quote(least)}`"
+    if share > LARGEST_SHARE or few * IMBALANCE < many:
+        return Problem(what, fix="add rows of the rare labels; read `macro_f1`, which counts every label alike")
+    return f"{len(labels):,} labels, the rarest with {few:,} training rows, the most common with {many:,}"
+
+
 def rows_are_many(facts: Facts) -> str | Problem:
     count = len({example.row for example in facts.rows.train})
     if count >= FEW_ROWS:
@@ -282,13 +320,15 @@ class Check(NamedTuple):
     name: str
     needs: tuple[str, ...]  # the Facts it reads that may be missing
     prove: Callable[[Facts], str | Problem]
+    only: str | None = None  # the objective it is about
 
 
 CHECKS = (
     Check("trained", ("rows",), something_is_trained),
-    Check("stop", ("rows",), turns_end_on_a_stop_token),
+    Check("labels", ("rows",), labels_are_balanced, only="classify"),
+    Check("stop", ("rows",), turns_end_on_a_stop_token, only="sft"),
     Check("bos", ("rows",), begins_once),
-    Check("template", ("rows",), prompts_are_those_of_inference),
+    Check("template", ("rows",), prompts_are_those_of_inference, only="sft"),
     Check("held-out", ("rows",), held_out_rows_are_unseen),
     Check("targets", ("model",), targets_are_found),
     Check("vocabulary", ("model", "rows"), tokens_have_embeddings),
@@ -301,11 +341,11 @@ ERRORS: dict[int, type[UserError]] = {
 }
 
 
-def adapter_bytes(recipe: Recipe, model: nn.Module, paths: Sequence[str]) -> int:
+def adapter_bytes(recipe: Recipe, model: nn.Module, paths: Sequence[str], whole: Sequence[str]) -> int:
     """Of the adapter's file, from the shapes of the modules."""
     shapes = {path: storage_of(module).shape(module) for path in paths if (module := model.get_submodule(path))}
     counted = [Linear(path, in_features, out_features) for path, (out_features, in_features) in shapes.items()]
-    return budget_of(counted, 0, recipe.lora.config()).adapter_bytes
+    return budget_of(counted, 0, recipe.lora.config(), whole_of(model, whole)).adapter_bytes
 
 
 def _made(name: str, make: Callable, faults: list[Finding]):
@@ -321,7 +361,7 @@ def _made(name: str, make: Callable, faults: list[Finding]):
 def _findings(facts: Facts) -> list[Finding]:
     found = []
     for check in CHECKS:
-        if any(getattr(facts, need) is None for need in check.needs):
+        if check.only not in (None, facts.kind) or any(getattr(facts, need) is None for need in check.needs):
             continue
         try:
             proved = check.prove(facts)

@@ -9,7 +9,7 @@ from lora_cli.data.duplicates import exact_duplicates, near_duplicates
 from lora_cli.data.pipeline import DataReport, steps
 from lora_cli.data.types import Example
 from lora_cli.models.load import default_device
-from lora_cli.recipe.schema import Recipe
+from lora_cli.recipe.schema import Recipe, labels_of
 from lora_cli.runs.parts import Rows
 from lora_cli.runs.rows import planned
 from lora_cli.train import auto
@@ -69,7 +69,7 @@ def figures_of(recipe: Recipe, rows: Rows, model: "PreTrainedModel | None") -> F
         held_out=len(rows.held_out),
         tokens=sum(len(example.input_ids) for example in examples),
         trained_tokens=_trained(examples),
-        histogram=histogram([len(example.input_ids) + example.cut for example in examples], rows.report.lengths.p99),
+        histogram=histogram([example.full_length for example in examples], rows.report.lengths.p99),
         repeats=_repeats(examples),
         steps=planned(recipe, rows).steps,
         examples_a_step=recipe.training.global_batch_size,
@@ -96,7 +96,7 @@ def step_layout(recipe: Recipe, examples: Sequence[Example], model: "PreTrainedM
         vocabulary=model.config.vocab_size,
         processes=1,
         device=default_device(),
-        pack_to=recipe.data.max_length if recipe.data.packing else None,
+        pack_to=recipe.data.max_length if recipe.data.packing and labels_of(recipe.training) is None else None,
     )
 
 

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from lora_cli.budget.params import Budget
 from lora_cli.data.pipeline import DataReport, Plan
 from lora_cli.data.types import Example
+from lora_cli.lora.adapter import Adapter
 from lora_cli.lora.base_files import Fingerprint
 from lora_cli.lora.config import LoRAConfig
 from lora_cli.models.base import Base
@@ -29,6 +30,11 @@ class Rows:
     held_out: list[Example]
     report: DataReport
     held_out_report: DataReport | None  # None where the held-out rows are a share of the training rows
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What rows are classified as, in the order of the head's outputs; none where nothing is classified."""
+        return tuple(self.report.labels)
 
 
 @dataclass(frozen=True)
@@ -54,3 +60,7 @@ class Run:
     @property
     def recipe(self) -> Recipe:
         return self.loaded.recipe
+
+    def adapter(self) -> Adapter:
+        """A copy of what the model has learned so far."""
+        return Adapter.of(self.model, self.config, self.fingerprint, self.rows.labels)

@@ -105,6 +105,7 @@ def opened(run: Run, resumed: Continuation | None) -> Record:
             "steps": run.plan.steps,
             "epoch_length": epoch_length(run.rows.train),
             "targets": list(run.config.target_modules),
+            "modules_to_save": list(run.config.modules_to_save),
         },
         "parameters": {
             "trainable": run.budget.trainable,

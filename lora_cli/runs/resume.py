@@ -46,6 +46,8 @@ FIXED = (
     "lora.rank_pattern",
     "lora.use_dora",
     "lora.init",
+    "lora.modules_to_save",
+    "training.objective",
     "training.optimizer",
 )
 # What makes forwards of other sizes, so that those of the checkpoint say nothing

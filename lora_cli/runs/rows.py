@@ -1,38 +1,81 @@
 """The rows of a recipe as training sees them: every command that reads a recipe's rows gets them here."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_cli.data.pipeline import DataReport, Plan, epoch_length, load_examples, plan, split
+from lora_cli.data.sources import quote
 from lora_cli.data.types import Example
+from lora_cli.errors import DataError, Problem
+from lora_cli.models.heads import Head
 from lora_cli.recipe.reader import LoadedRecipe
-from lora_cli.recipe.schema import Data, Recipe, share_of
+from lora_cli.recipe.schema import NO_LABELS, Data, Recipe, Training, labels_of, share_of
 from lora_cli.runs.parts import Rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Loaded = tuple[list[Example], DataReport]
+NAMED = 5  # rows that a message names
 
 
 def load_rows(loaded: LoadedRecipe, tokenizer: "PreTrainedTokenizerBase") -> Rows:
     """Training and held-out examples of a recipe: `data.eval` is a share of the training rows, or a source of its own."""
-    data = loaded.recipe.data
+    data, labels = loaded.recipe.data, labels_of(loaded.recipe.training)
     load = _loader(data, loaded.path.parent, tokenizer)
-    examples, report = load(data.train)
+    examples, report = load(data.train, labels=labels)
     if data.eval is None:
-        return Rows(examples, [], report, None)
-    if (share := share_of(data.eval)) is not None:
-        return Rows(*split(examples, share, loaded.recipe.training.seed), report, None)
-    held_out, held_out_report = load(data.eval)
-    return Rows(examples, held_out, report, held_out_report)
+        rows = Rows(examples, [], report, None)
+    elif (share := share_of(data.eval)) is not None:
+        rows = Rows(*split(examples, share, loaded.recipe.training.seed), report, None)
+    else:
+        held_out, held_out_report = load(data.eval, labels=None if labels is None else tuple(report.labels))
+        rows = Rows(examples, held_out, report, held_out_report)
+    if labels is not None:
+        _check_labels(rows)
+    return rows
 
 
-def rows_of_file(source: str, tokenizer: "PreTrainedTokenizerBase", data: Data | None = None) -> Loaded:
-    """All rows of one source, relative to the current folder, read as `data` says (by default, as they come)."""
-    return _loader(data or Data(train=source), Path(), tokenizer)(source)
+def rows_of_file(
+    source: str,
+    tokenizer: "PreTrainedTokenizerBase",
+    data: Data | None = None,
+    labels: tuple[str, ...] | None = None,
+) -> Loaded:
+    """All rows of one source, relative to the current folder, read as `data` says (by default, as they come), and
+    classified where there are labels."""
+    return _loader(data or Data(train=source), Path(), tokenizer)(source, labels=labels)
+
+
+def new_head(training: Training, labels: Sequence[str], pad_token_id: int | None = None) -> Head | None:
+    """The head that rows with these labels are classified by; None where nothing is classified.
+
+    Where the rows that would tell the labels can't be read, those of the recipe, else two.
+    """
+    named = labels_of(training)
+    return None if named is None else Head(tuple(labels or named or NO_LABELS), pad_token_id, training.seed)
+
+
+def _check_labels(rows: Rows) -> None:
+    """Raise DataError where there is nothing to tell apart, and for held-out rows whose label is never learned."""
+    names, learned = list(rows.report.labels), {example.label for example in rows.train}
+    if len(learned) < 2:
+        what = f"every training row has the label `{quote(names[learned.pop()])}`"
+        raise DataError(Problem(what, fix="add rows of another label: with one alone there is nothing to tell apart"))
+    unknown = [example for example in rows.held_out if example.label not in learned]
+    if unknown:
+        raise DataError(
+            *(
+                Problem(
+                    f"the held-out row has the label `{quote(names[example.label])}`, and no training row has it",
+                    where=str(example.row),
+                    fix="add training rows with this label, or take the row out",
+                )
+                for example in unknown[:NAMED]
+            )
+        )
 
 
 def _loader(data: Data, folder: Path, tokenizer: "PreTrainedTokenizerBase") -> Callable[..., Loaded]:

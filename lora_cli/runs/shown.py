@@ -12,9 +12,10 @@ from lora_cli.errors import Problem, RecipeError
 from lora_cli.models.base import resolve_base
 from lora_cli.models.load import load_tokenizer, skeleton
 from lora_cli.recipe.reader import LoadedRecipe
+from lora_cli.recipe.schema import labels_of
 from lora_cli.runs.figures import step_layout
 from lora_cli.runs.parts import Rows
-from lora_cli.runs.rows import load_rows, planned
+from lora_cli.runs.rows import load_rows, new_head, planned
 from lora_cli.train.layout import forward_rows
 
 if TYPE_CHECKING:
@@ -32,6 +33,10 @@ class Prepared:
     def texts(self, example: Example) -> list[str]:
         return token_texts(self.tokenizer, example.input_ids)
 
+    def label(self, example: Example) -> str | None:
+        """What the row is to be classified as, where rows are."""
+        return None if example.label is None else self.rows.labels[example.label]
+
     def is_held_out(self, example: Example) -> bool:
         return any(example is other for other in self.rows.held_out)
 
@@ -47,7 +52,8 @@ class Asked:
 
 def prepare_rows(loaded: LoadedRecipe) -> Prepared:
     model = loaded.recipe.model
-    tokenizer = load_tokenizer(resolve_base(model.base, model.revision, weights=False).folder)
+    folder = resolve_base(model.base, model.revision, weights=False).folder
+    tokenizer = load_tokenizer(folder, writes=labels_of(loaded.recipe.training) is None)
     return Prepared(loaded, tokenizer, load_rows(loaded, tokenizer))
 
 
@@ -81,7 +87,8 @@ def packed_step(prepared: Prepared, step: int) -> list[list[Example]]:
     if not 1 <= step <= plan.steps:
         raise RecipeError(Problem(f"there is no step {step}", fix=f"the steps are 1 to {plan.steps:,}"))
     base = resolve_base(recipe.model.base, recipe.model.revision, weights=False)
-    layout = step_layout(recipe, [*train, *prepared.rows.held_out], skeleton(base.folder))
+    model = skeleton(base.folder, new_head(recipe.training, prepared.rows.labels))
+    layout = step_layout(recipe, [*train, *prepared.rows.held_out], model)
     _, taken = next(steps(train, plan, seed=recipe.training.seed, start=step - 1))
     return forward_rows(taken, layout)
 

@@ -1,6 +1,6 @@
 """`lora.start_from`: a new run that begins at the factors of an adapter, with an optimizer that knows nothing of it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -12,16 +12,24 @@ from lora_cli.lora.base_files import Fingerprint
 from lora_cli.lora.config import LoRAConfig
 from lora_cli.lora.inject import lora_layers
 from lora_cli.lora.peft_format import load_adapter
+from lora_cli.lora.whole import whole_modules
 
 
-def start_from(folder: Path, model: nn.Module, config: LoRAConfig, base: Fingerprint, base_folder: Path) -> None:
+def start_from(
+    folder: Path,
+    model: nn.Module,
+    config: LoRAConfig,
+    base: Fingerprint,
+    base_folder: Path,
+    labels: Sequence[str] = (),
+) -> None:
     """Copy an adapter's factors into LoRA layers that are in place.
 
     Raises ModelError where the adapter is of another base, or its layers, ranks or scales are not those of the recipe.
     """
     adapter = load_adapter(folder)
     adapter.check_base(base, base_folder)
-    if problems := list(_misfits(adapter, model, config, str(folder))):
+    if problems := list(_misfits(adapter, model, config, tuple(labels), str(folder))):
         raise ModelError(*problems)
     with torch.no_grad():
         for path, layer in lora_layers(model).items():
@@ -30,9 +38,13 @@ def start_from(folder: Path, model: nn.Module, config: LoRAConfig, base: Fingerp
             layer.lora_B.copy_(factors.B)
             if factors.magnitude is not None:
                 layer.magnitude.copy_(factors.magnitude)
+    for path, module in whole_modules(model).items():
+        module.load(adapter.extras[path])
 
 
-def _misfits(adapter: Adapter, model: nn.Module, config: LoRAConfig, where: str) -> Iterator[Problem]:
+def _misfits(
+    adapter: Adapter, model: nn.Module, config: LoRAConfig, labels: tuple[str, ...], where: str
+) -> Iterator[Problem]:
     """What tells the adapter's shape from the recipe's, each with the key that mends it."""
     ours, theirs = set(lora_layers(model)), set(adapter.layers)
     what = "`lora.start_from` names an adapter"
@@ -41,6 +53,17 @@ def _misfits(adapter: Adapter, model: nn.Module, config: LoRAConfig, where: str)
         fix = "set `lora.targets` to what it was trained with"
         yield Problem(f"{what} of other modules: {who} {other[0]}", where=where, fix=fix)
         return
+    if adapter.labels != labels:
+        theirs_, ours_ = (", ".join(found) or "none" for found in (adapter.labels, labels))
+        fix = "set `training.objective` to what it was trained with"
+        yield Problem(f"{what} with the labels {theirs_}, where the rows have {ours_}", where=where, fix=fix)
+        return
+    if set(whole_modules(model)) != set(adapter.extras):
+        trained = ", ".join(adapter.extras) or "nothing"
+        fix = "set `lora.modules_to_save` to what it was trained with"
+        yield Problem(f"{what} that trains {trained} whole", where=where, fix=fix)
+        return
+    yield from adapter.misfits_of_extras({path: module.base for path, module in whole_modules(model).items()})
     if adapter.config.use_dora != config.use_dora:
         had = str(adapter.config.use_dora).lower()
         yield Problem(f"{what} with `use_dora: {had}`", where=where, fix=f"set `lora.use_dora: {had}`")

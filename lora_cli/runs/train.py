@@ -15,7 +15,8 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from lora_cli.budget.params import Budget, budget_of
+from lora_cli.budget.modules import whole_of, whole_paths
+from lora_cli.budget.params import Budget, Whole, budget_of
 from lora_cli.budget.shapes import Linear
 from lora_cli.data.pipeline import steps
 from lora_cli.data.types import Example, PromptForm, sources_in
@@ -25,10 +26,11 @@ from lora_cli.evaluate.loss import held_out_loss
 from lora_cli.infer.generate import answer
 from lora_cli.lora.adapter import Adapter
 from lora_cli.lora.base_files import fingerprint
+from lora_cli.lora.config import CAUSAL_LM, SEQ_CLS
 from lora_cli.lora.init import INITS
 from lora_cli.lora.inject import frozen_digest, inject, linears
 from lora_cli.lora.peft_format import WEIGHTS, load_adapter, save_adapter
-from lora_cli.lora.targets import fused_notices, shortest_suffixes
+from lora_cli.lora.targets import fused_notices, names_to_save, shortest_suffixes
 from lora_cli.lora.weights import storage_of
 from lora_cli.models.attention import packs
 from lora_cli.models.base import resolve_base
@@ -39,9 +41,9 @@ from lora_cli.models.load import (
     load_tokenizer,
     resolve_dtype,
 )
-from lora_cli.objectives.table import OBJECTIVES
+from lora_cli.objectives.table import MEASURES, OBJECTIVES
 from lora_cli.recipe.reader import LoadedRecipe, resolved_yaml
-from lora_cli.recipe.schema import Recipe, seconds_of
+from lora_cli.recipe.schema import Recipe, labels_of, objective_of, seconds_of
 from lora_cli.runs.check import check_rows, target_paths
 from lora_cli.runs.folder import RunFolder
 from lora_cli.runs.history import read_history
@@ -50,7 +52,7 @@ from lora_cli.runs.proof_rows import write_proof_rows
 from lora_cli.runs.record import Record, closed, opened, write_record
 from lora_cli.runs.report import tell_end, told_if_broken_off, write_report
 from lora_cli.runs.resume import LAYOUT, Continuation, comparable, continuation, is_complete, shared
-from lora_cli.runs.rows import load_rows, planned
+from lora_cli.runs.rows import load_rows, new_head, planned
 from lora_cli.runs.start import start_from
 from lora_cli.train import auto
 from lora_cli.train.checkpoint import folder_name, restore, save_checkpoint, set_damaged_aside
@@ -89,27 +91,38 @@ def prepare(loaded: LoadedRecipe, folder: RunFolder) -> Run:
     with accelerator.local_main_process_first():
         base = resolve_base(recipe.model.base, recipe.model.revision)
     identity = fingerprint(base.folder)
-    tokenizer = load_tokenizer(base.folder)
+    tokenizer = load_tokenizer(base.folder, writes=labels_of(recipe.training) is None)
     rows = load_rows(loaded, tokenizer)
     check_rows(loaded, base, tokenizer, rows)
     training = recipe.training
     model = load_model(
-        base, dtype=dtype, quantize=recipe.model.quantize, attention=recipe.model.attention, device=device
+        base,
+        dtype=dtype,
+        quantize=recipe.model.quantize,
+        attention=recipe.model.attention,
+        device=device,
+        head=new_head(training, rows.labels, tokenizer.pad_token_id),
     )
-    paths = target_paths(recipe, model)
+    whole = whole_paths(model, recipe.lora.modules_to_save)
+    paths = target_paths(recipe, model, whole)
     for notice in fused_notices(recipe.lora.targets, paths):
         log.info(notice)
     if experts := [name for name, p in model.named_parameters() if p.ndim == 3 and "experts" in name]:
         log.warning("%d weights of experts (%s …) are no linear layers and get no adapter", len(experts), experts[0])
     adapted = {path: model.get_submodule(path) for path in paths}
-    budget = _budget(recipe, model, adapted)
+    budget = _budget(recipe, model, adapted, whole_of(model, whole))
+    every_module = [name for name, _ in model.named_modules()]
     config = recipe.lora.config(
-        shortest_suffixes(paths, [name for name, _ in model.named_modules()]), base=base.name, revision=base.revision
+        shortest_suffixes(paths, every_module),
+        modules_to_save=names_to_save(whole, every_module),
+        task_type=SEQ_CLS if rows.labels else CAUSAL_LM,
+        base=base.name,
+        revision=base.revision,
     )
     settings = _settings(recipe, rows, model, accelerator, device)  # probes the base, so before it has an adapter
-    inject(model, config, paths, init=INITS[recipe.lora.init], seed=training.seed)
+    inject(model, config, paths, whole=whole, init=INITS[recipe.lora.init], seed=training.seed)
     if recipe.lora.start_from:
-        start_from(Path(recipe.lora.start_from), model, config, identity, base.folder)
+        start_from(Path(recipe.lora.start_from), model, config, identity, base.folder, rows.labels)
     if auto.gradient_checkpointing(training, device):
         checkpoint_activations(model)
     return Run(
@@ -175,7 +188,7 @@ def finish(run: Run, finished: Finished) -> Adapter:
     Raises for an adapter that does nothing or is not finite, for a base that has changed, and for a file that differs
     from what was trained.
     """
-    adapter = Adapter.of(run.model, run.config, run.fingerprint)
+    adapter = run.adapter()
     if frozen_digest(run.model) != run.frozen:
         raise RuntimeError("the frozen base has changed during training")
     if finished.adapter_step != finished.step:
@@ -203,7 +216,7 @@ def _sinks(run: Run, record: Record, stack: ExitStack, *, resumed_at: int | None
 
 def _parts(run: Run, asked_to_stop: Callable[[], bool]) -> Parts:
     training = run.recipe.training
-    task = Task(run.model, OBJECTIVES[training.objective]).train()
+    task = Task(run.model, OBJECTIVES[objective_of(training).kind]).train()
     parameters = {name: p for name, p in run.model.named_parameters() if p.requires_grad}
     optimizer = make_optimizer(training, parameters)
     return Parts(
@@ -261,11 +274,11 @@ def _rehearsal(run: Run) -> list[Example]:
 
 def _actions(run: Run, parts: Parts, progress: Progress, settings: Mapping[str, object]) -> Actions:
     training, ranks = run.recipe.training, parts.ranks
-    task = run.accelerator.unwrap_model(parts.task)
+    task, measure = run.accelerator.unwrap_model(parts.task), MEASURES.get(objective_of(training).kind)
 
     def evaluate() -> Measured:
-        found = held_out_loss(task, run.rows.held_out, progress.layout, run.accelerator, between=ranks.go_on)
-        return Measured(found.loss, found.tokens, found.sources)
+        found = held_out_loss(task, run.rows.held_out, progress.layout, run.accelerator, measure, between=ranks.go_on)
+        return Measured(found.loss, found.tokens, found.sources, found.metrics)
 
     def sample() -> dict[str, str]:
         # the processes answer at paces of their own, and meet when all are done
@@ -284,7 +297,7 @@ def _actions(run: Run, parts: Parts, progress: Progress, settings: Mapping[str, 
         save_checkpoint(
             run.folder.checkpoints,
             progress,
-            Adapter.of(run.model, run.config, run.fingerprint),
+            run.adapter(),
             parts.optimizer,
             parts.parameters,
             settings=settings,
@@ -302,14 +315,16 @@ def _settings(
 ) -> Settings:
     training = recipe.training
     longest = max(len(example.input_ids) for example in (*rows.train, *rows.held_out))
+    if rows.labels and recipe.data.packing and "packing" in recipe.data.model_fields_set:
+        log.info("rows are not packed: each is classified by itself")
     return Settings(
         layout=auto.layout(
             training,
             longest=longest,
-            vocabulary=model.config.vocab_size,
+            vocabulary=len(rows.labels) or model.config.vocab_size,
             processes=accelerator.num_processes,
             device=device,
-            pack_to=recipe.data.max_length if recipe.data.packing and packs(model) else None,
+            pack_to=recipe.data.max_length if recipe.data.packing and not rows.labels and packs(model) else None,
         ),
         seed=training.seed,
         max_grad_norm=training.max_grad_norm,
@@ -333,7 +348,7 @@ def _training_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
     return resolve_dtype(recipe.model.dtype, device)
 
 
-def _budget(recipe: Recipe, model: nn.Module, adapted: dict[str, nn.Module]) -> Budget:
+def _budget(recipe: Recipe, model: nn.Module, adapted: dict[str, nn.Module], whole: list[Whole]) -> Budget:
     """Counted on the real modules, before they are wrapped; a quantised base counts as the weights it stands for."""
     shapes = {path: storage_of(module).shape(module) for path, module in adapted.items()}
     counted = [Linear(path, in_features, out_features) for path, (out_features, in_features) in shapes.items()]
@@ -344,7 +359,8 @@ def _budget(recipe: Recipe, model: nn.Module, adapted: dict[str, nn.Module]) -> 
         else p.numel()
         for p in model.parameters()
     )
-    return budget_of(counted, parameters, recipe.lora.config())
+    new = sum(module.parameters for module in whole if module.new)
+    return budget_of(counted, parameters - new, recipe.lora.config(), whole)
 
 
 def _check_same(trained: Adapter, saved: Adapter, folder: Path) -> None:

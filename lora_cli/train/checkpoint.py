@@ -29,6 +29,7 @@ from lora_cli.errors import DivergedError, ModelError, Problem, StorageError
 from lora_cli.lora.adapter import Adapter
 from lora_cli.lora.inject import lora_layers
 from lora_cli.lora.peft_format import adapter_files, load_adapter
+from lora_cli.lora.whole import whole_modules
 from lora_cli.train.optim import Parameters, optimizer_state, restore_optimizer
 from lora_cli.train.progress import Progress
 from lora_cli.train.rewind import Snapshot
@@ -111,7 +112,9 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer, para
 
     Returns the snapshot that it holds.
     """
-    _restore_layers(load_adapter(checkpoint.folder), model)
+    adapter = load_adapter(checkpoint.folder)
+    _restore_layers(adapter, model)
+    _restore_extras(adapter, model)
     tensors = load_file(checkpoint.folder / OPTIMIZER)
     state = json.loads((checkpoint.folder / STATE).read_text())
     restore_optimizer(optimizer, parameters, tensors, state["optimizer"])
@@ -219,12 +222,7 @@ def _aside(folder: Path) -> Path:
 def _restore_layers(adapter: Adapter, model: nn.Module) -> None:
     layers = lora_layers(model)
     if set(layers) != set(adapter.layers):
-        raise ModelError(
-            Problem(
-                "the checkpoint's layers are not those of this recipe's targets",
-                fix="resume with the recipe that the run was started with",
-            )
-        )
+        raise ModelError(_of_another_recipe("layers are not those of this recipe's targets"))
     with torch.no_grad():
         for path, layer in layers.items():
             factors, r = adapter.layers[path], len(layer.lora_A)
@@ -238,6 +236,18 @@ def _restore_layers(adapter: Adapter, model: nn.Module) -> None:
                 layer.start_A = layer.start_B = None
             if factors.magnitude is not None:
                 layer.magnitude.copy_(factors.magnitude)
+
+
+def _restore_extras(adapter: Adapter, model: nn.Module) -> None:
+    modules = whole_modules(model)
+    if set(modules) != set(adapter.extras):
+        raise ModelError(_of_another_recipe("modules trained whole are not those of this recipe"))
+    for path, module in modules.items():
+        module.load(adapter.extras[path])
+
+
+def _of_another_recipe(what: str) -> Problem:
+    return Problem(f"the checkpoint's {what}", fix="resume with the recipe that the run was started with")
 
 
 def _by_step(checkpoints: Path) -> list[Path]:

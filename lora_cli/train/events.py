@@ -93,6 +93,7 @@ class Evaluated(Event):
     tokens: int
     best: bool  # the lowest loss so far
     sources: Mapping[str, float] = field(default_factory=dict)  # the mean loss of each, where there are several
+    metrics: Mapping[str, float] = field(default_factory=dict)  # what the objective measures beside the loss
 
 
 @dataclass(frozen=True)

@@ -61,11 +61,13 @@ class Settings:
 
 
 class Measured(NamedTuple):
-    """Held-out rows: mean loss in nats, trained tokens, and the mean loss of each source where there are several."""
+    """Held-out rows: mean loss in nats, trained tokens, the mean loss of each source where there are several, and what
+    the objective measures beside it."""
 
     loss: float
     tokens: int
     sources: Mapping[str, float] = {}
+    metrics: Mapping[str, float] = {}
 
 
 @dataclass(frozen=True)
@@ -279,7 +281,9 @@ def _judged(measured: Measured, progress: Progress) -> Evaluated:
     progress.evaluations_without_gain = 0 if best else progress.evaluations_without_gain + 1
     if progress.step and (progress.kept_loss is None or loss < progress.kept_loss):
         progress.kept_step, progress.kept_loss = progress.step, loss
-    return Evaluated(progress.step, loss, math.exp(min(loss, 700)), measured.tokens, best, measured.sources)
+    return Evaluated(
+        progress.step, loss, math.exp(min(loss, 700)), measured.tokens, best, measured.sources, measured.metrics
+    )
 
 
 def _reason_to_end(parts: Parts, progress: Progress, last_step: int, clock: "_Clock", *, new: bool) -> str | None:
