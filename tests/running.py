@@ -43,6 +43,17 @@ def write_rows(file: Path, count: int = 12) -> Path:
     return file
 
 
+def write_labelled(file: Path, count: int = 24) -> Path:
+    """Texts of different lengths with one of three labels, which a word in them gives away."""
+    labels = ["animal", "place", "thing"]
+    words = {"animal": "cat", "place": "mat", "thing": "hat"}
+    rows = [
+        {"text": f"{words[labels[i % 3]]} " * (2 + i // 3 % 4) + str(i), "label": labels[i % 3]} for i in range(count)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
 def write_recipe(folder: Path, base: Path, settings: Mapping[str, object] | None = None) -> Path:
     """A recipe beside its rows: a few steps in float32, without warm-up; `settings` by dotted key change it."""
     write_rows(folder / "train.jsonl")

@@ -3,9 +3,13 @@
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
+    BertConfig,
+    DebertaV2Config,
+    DistilBertConfig,
     FalconConfig,
     Gemma2Config,
     Gemma3TextConfig,
@@ -20,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    RobertaConfig,
 )
 
 VOCABULARY = 320
@@ -63,6 +68,26 @@ CONFIGS = {
 }
 
 
+ENCODERS = {
+    "bert": lambda: BertConfig(**_without("num_key_value_heads")),
+    "roberta": lambda: RobertaConfig(**_without("num_key_value_heads"), type_vocab_size=1),
+    "distilbert": lambda: DistilBertConfig(
+        vocab_size=VOCABULARY, dim=32, hidden_dim=48, n_layers=2, n_heads=4, max_position_embeddings=256, pad_token_id=0
+    ),
+    "deberta-v2": lambda: DebertaV2Config(
+        **_without("num_key_value_heads"), relative_attention=True, pos_att_type=["p2c", "c2p"], type_vocab_size=0
+    ),
+}
+
+
+def tiny_encoder(folder: Path, name: str = "bert", *, dtype: torch.dtype = torch.float32, seed: int = 0) -> Path:
+    """A folder with a tiny encoder without any head, and its tokenizer."""
+    torch.manual_seed(seed)
+    AutoModel.from_config(ENCODERS[name](), dtype=dtype).save_pretrained(folder)
+    encoder_tokenizer().save_pretrained(folder)
+    return folder
+
+
 def tiny_model(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.nn.Module:
     """A random model of the architecture, in evaluation mode, without dropout."""
     torch.manual_seed(seed)
@@ -100,6 +125,22 @@ def byte_tokenizer(template: str | None = CHATML) -> PreTrainedTokenizerFast:
     )
     fast.chat_template = template
     return fast
+
+
+def encoder_tokenizer() -> PreTrainedTokenizerFast:
+    """The same tokens between a first and a last special one, with a second text behind the first; no end token."""
+    tokenizer = byte_tokenizer(None).backend_tokenizer
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> $B:1 </s>:1", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        cls_token="<s>",
+        sep_token="</s>",
+        model_max_length=256,
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )
 
 
 def _without(*keys: str) -> dict:

@@ -242,6 +242,11 @@ CATALOGUE: tuple[Entry, ...] = (
     Entry("Falcon-7B", ("tiiuae/falcon-7b",), _falcon(4544, 32, 71, multi_query=True)),
     Entry("Falcon-40B", ("tiiuae/falcon-40b",), _falcon(8192, 60, 128, num_kv_heads=8, new_decoder_architecture=True)),
     Entry(
+        "all-MiniLM-L6-v2",
+        ("sentence-transformers/all-MiniLM-L6-v2",),
+        _encoder("bert", 30522, 384, 1536, 6, 12, positions=512, types=2),
+    ),
+    Entry(
         "BERT-base",
         ("google-bert/bert-base-uncased",),
         _encoder("bert", 30522, 768, 3072, 12, 12, positions=512, types=2),

@@ -14,7 +14,8 @@ def classify(model: nn.Module, batch: Batch) -> Loss:
     """Σ weight · −log p(label), in nats, over the rows; the metrics count rows by label, [labels]."""
     # padding is known by its position; a decoder's head and RoBERTa's positions look for it by its token
     ids = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, model.config.pad_token_id)
-    segments = {"token_type_ids": batch["token_type_ids"]} if "token_type_ids" in batch else {}
+    knows_segments = getattr(model.config, "type_vocab_size", 0) > 1
+    segments = {"token_type_ids": batch["token_type_ids"]} if knows_segments and "token_type_ids" in batch else {}
     logits = model(input_ids=ids, attention_mask=batch["attention_mask"], **segments).logits.float()
     labels, weights = batch["labels"], batch["weights"]
     losses = F.cross_entropy(logits, labels, reduction="none")

@@ -1,7 +1,7 @@
 import pytest
 
 from lora_cli.data.formats import FORMATS, detect, templated
-from lora_cli.data.types import BadRow, Conversation, Instruction, Message, NothingToLearn, Span, Text, Tokens
+from lora_cli.data.types import BadRow, Conversation, Instruction, Labelled, Message, NothingToLearn, Span, Text, Tokens
 
 ASKED, ANSWERED = Message("user", "what", train=False), Message("assistant", "that", train=True)
 SYSTEM = Message("system", "be brief", train=False)
@@ -78,6 +78,11 @@ ROWS = [
         Conversation((ASKED, ANSWERED, ASKED, Message("assistant", "", train=False))),
     ),
 ]
+LABELLED_ROWS = [
+    ({"text": "what", "label": "that"}, Labelled("what", "that")),
+    ({"text": "what", "label": 3, "text_pair": "so"}, Labelled("what", "3", "so")),
+    ({"text": "what", "label": "0", "text_pair": None}, Labelled("what", "0")),
+]
 
 
 @pytest.mark.parametrize(("name", "row", "expected"), ROWS)
@@ -86,8 +91,14 @@ def test_a_row_is_found_and_read(name, row, expected):
     assert FORMATS[name].parse(row) == expected
 
 
+@pytest.mark.parametrize(("row", "expected"), LABELLED_ROWS)
+def test_a_labelled_row_is_read_where_it_is_asked_for_and_is_a_text_elsewhere(row, expected):
+    assert FORMATS["labelled"].parse(row) == expected
+    assert detect(row) == "text"
+
+
 def test_every_format_is_tested():
-    assert {name for name, _, _ in ROWS} == set(FORMATS)
+    assert {name for name, _, _ in ROWS} | {"labelled"} == set(FORMATS)
 
 
 @pytest.mark.parametrize(
@@ -141,6 +152,12 @@ BAD_ROWS = [
         {"messages": [{**TURNS[0], "train": True}, TURNS[1]]},
         "`messages[0].train` is for assistant turns, and true or false",
     ),
+    ("labelled", {"text": "what"}, "`label` is missing"),
+    ("labelled", {"text": "what", "label": 0.5}, "`label` is no word and no whole number: 0.5"),
+    ("labelled", {"text": "what", "label": True}, "`label` is no word and no whole number: True"),
+    ("labelled", {"text": "what", "label": " "}, "`label` is no word and no whole number:  "),
+    ("labelled", {"label": "that"}, "`text` is missing"),
+    ("labelled", {"text": "what", "label": "that", "text_pair": 3}, "`text_pair` is not text: 3"),
     ("sharegpt", {"conversations": [{"from": "human"}]}, "`conversations[0].value` is missing"),
     ("sharegpt", {"conversations": SAID[:1]}, "`conversations` has no assistant turn"),
 ]
@@ -161,6 +178,7 @@ def test_a_row_that_does_not_fit_says_why(name, row, what):
         ("alpaca", {"instruction": "what", "output": " \n"}, "`output` is empty"),
         ("completion", {"prompt": "what", "response": ""}, "`response` is empty"),
         ("text", {"text": ""}, "`text` is empty"),
+        ("labelled", {"text": " ", "label": "that"}, "`text` is empty"),
         ("messages", turn(content=""), "`messages[1].content` is an empty answer"),
         ("tokens", {"input_ids": [5]}, "no token has a label"),
         ("tokens", {"input_ids": [5, 6], "labels": [5, -100]}, "no token has a label"),
