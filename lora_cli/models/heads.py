@@ -9,6 +9,7 @@ The head is what stands outside of the base model. It is new where the base's fi
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -71,6 +72,16 @@ def configure(config: "PretrainedConfig", head: Head) -> None:
     config.label2id = {label: number for number, label in enumerate(head.labels)}
     config.problem_type = CLASSIFIES
     config.use_cache = False
+
+
+def refuse_encoder(config: "PretrainedConfig", folder: Path) -> None:
+    """Raise ModelError for a model that sees what comes next: it would copy each token that it is to predict."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
+        what = f"the base is an encoder ({config.model_type}), which reads both ways and writes no text"
+        fix = "set `training.objective: classify`, or choose a causal language model"
+        raise ModelError(Problem(what, where=str(folder), fix=fix))
 
 
 def head_modules(model: "PreTrainedModel") -> list[str]:

@@ -13,7 +13,7 @@ from lora_cli.data.types import Example
 from lora_cli.errors import ModelError, Problem, SafetyError, UserError, is_out_of_memory, said
 from lora_cli.lora.base_files import weight_files
 from lora_cli.models.base import Base, refuse_foreign_code
-from lora_cli.models.heads import SUFFIX, Head, configure, head_modules, may_be_new, start
+from lora_cli.models.heads import SUFFIX, Head, configure, head_modules, may_be_new, refuse_encoder, start
 from lora_cli.models.quiet import quiet_transformers
 
 if TYPE_CHECKING:
@@ -110,7 +110,11 @@ def skeleton(folder: Path, head: Head | None = None) -> "PreTrainedModel":
     quiet_transformers()
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if head is None:
+            refuse_encoder(config, folder)
         return without_weights(config, head)
+    except UserError:
+        raise
     except Exception as error:
         what = f"the base can't be built from its config: {said(error)}"
         raise _of_foreign_file(what, folder / "config.json", error, _fix(error, head)) from error
@@ -243,6 +247,8 @@ def _config(base: Base, head: Head | None):
     config = AutoConfig.from_pretrained(base.folder, trust_remote_code=False)
     if head:
         configure(config, head)
+    else:
+        refuse_encoder(config, base.folder)
     for name in BASE_DROPOUTS:
         if hasattr(config, name):
             setattr(config, name, 0.0)

@@ -181,6 +181,19 @@ def test_roberta_has_fewer_positions_than_its_config_says(tmp_path):
         check_vocabulary(model, rows)
 
 
+def test_an_encoder_is_not_loaded_as_a_language_model(tmp_path):
+    base = base_of(tmp_path, "bert")
+
+    with pytest.raises(ModelError) as caught:
+        load_model(base, dtype=torch.float32)
+
+    assert str(caught.value) == (
+        "error: the base is an encoder (bert), which reads both ways and writes no text\n"
+        f"  --> {base.folder}\n"
+        "  fix: set `training.objective: classify`, or choose a causal language model"
+    )
+
+
 def test_a_base_that_is_encoder_and_decoder_is_refused(tmp_path):
     from transformers import T5Config
 
