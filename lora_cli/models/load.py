@@ -90,6 +90,8 @@ def load_model(
             output_loading_info=True,
             ignore_mismatched_sizes=head is not None,  # of a head for other labels
         )
+    except UserError:
+        raise
     except Exception as error:  # whatever the libraries make of foreign files
         if is_out_of_memory(error):
             raise
