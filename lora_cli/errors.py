@@ -89,6 +89,10 @@ class OutOfMemoryError(UserError):
     code = 7
 
 
+# What every other worker says where the first could not write, which says why
+FIRST_FAILED = "worker 0 failed to write"
+
+
 class DistributedError(UserError):
     """A worker died, timed out, or ranks disagree."""
 

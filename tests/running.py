@@ -1,11 +1,17 @@
 """Runs of `lora` in a test: rows and recipes on disk, the command in this process or in one of its own."""
 
+import faulthandler
 import hashlib
 import json
 import os
+import shutil
+import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -125,6 +131,78 @@ def lora_process(*arguments: object, code: int | None = 0, folder: Path | None =
     )
     assert code is None or done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     return Done(done.returncode, done.stdout, done.stderr)
+
+
+def lora_workers(
+    count: int,
+    *arguments: object,
+    code: int | None = 0,
+    before: Callable[[int], None] | None = None,
+    **environment: str,
+) -> list[Done]:
+    """The command as `count` workers of one run, as torchrun would start them, forked from this process: that spares
+    each the imports. `before(rank)` runs in a worker first; `code` is that of all."""
+    with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
+        warnings.simplefilter("ignore", DeprecationWarning)  # from Python 3.12 on: a fork beside threads
+        shared = environment | {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        pids = []
+        for rank in range(count):
+            if (pid := os.fork()) == 0:
+                numbers = {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(count)}
+                _work(arguments, shared | numbers, Path(folder, str(rank)), before)
+            pids.append(pid)
+        codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+        ended = [
+            Done(codes[rank], *(Path(folder, f"{rank}{stream}").read_text() for stream in (".out", ".err")))
+            for rank in range(count)
+        ]
+    assert code is None or codes == [code] * count, "\n".join(
+        f"exit {done.code}\n{done.out}\n{done.err}" for done in ended
+    )
+    return ended
+
+
+def resumed_after(step: int, folder: Path, recipe: Path, lora: Callable, *arguments: object) -> None:
+    """Take a finished run back to a checkpoint, as if it had been killed behind it, and resume it."""
+    for checkpoint in (folder / "checkpoints").iterdir():
+        if int(checkpoint.name.removeprefix("step-")) > step:
+            shutil.rmtree(checkpoint)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (folder / name).unlink()
+    lora("train", recipe, "--resume", *arguments)
+
+
+def free_port() -> int:
+    with socket.socket() as opened:
+        opened.bind(("127.0.0.1", 0))
+        return opened.getsockname()[1]
+
+
+def _work(arguments, environment: dict[str, str], output: Path, before) -> None:
+    """Never returns: what the parent would do next is not this process's business."""
+    code = 70
+    try:
+        from accelerate.state import AcceleratorState, GradientState
+
+        from lora_cli.cli.main import main
+
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        sys.stdout, sys.stderr = (output.with_suffix(end).open("w", buffering=1) for end in (".out", ".err"))
+        os.environ.update(environment)
+        faulthandler.dump_traceback_later(120, exit=True, file=sys.stderr)
+        sys.argv = ["lora", *map(str, arguments)]
+        if before:
+            before(int(environment["RANK"]))
+        main()
+    except SystemExit as ended:
+        code = ended.code or 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def events(out: Path, kind: str | None = None) -> list[dict]:

@@ -129,11 +129,12 @@ def test_every_launch_profile_is_one_that_lora_train_takes(path, monkeypatch):
     started = []
     monkeypatch.setattr("lora_cli.cli.launch._launch", lambda processes, *_: started.append(processes))
 
-    run_as_workers(2 if path.stem == "ddp" else None, str(path))
+    run_as_workers(2 if path.stem in ("ddp", "fsdp2") else None, str(path))
 
     asked = yaml.safe_load(path.read_text(encoding="utf-8"))
     machines = asked["num_machines"]
-    expected = {"single": [], "ddp": [2], "multinode": [asked.get("num_processes", 0) // machines]}
+    several = [asked.get("num_processes", 0) // machines]
+    expected = {"single": [], "ddp": [2], "fsdp2": [2], "multinode": several, "fsdp2-multinode": several}
     assert started == expected[path.stem]
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from running import events, write_recipe
+from running import ROOT, events, lora_process, write_recipe
 from tiny import tiny_base
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -35,6 +35,40 @@ def test_a_run_on_the_gpu_learns_resumes_and_merges(lora, tmp_path, settings):
 
     assert len(losses) == 6
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"model.dtype": "float32"},
+        {"model.dtype": "bfloat16", "training.sample_prompts": ["what"], "data.eval": "20%"},
+        {"model.dtype": "bfloat16", "model.quantize": "nf4"},
+        {"model.dtype": "bfloat16", "lora.use_dora": True, "lora.init": "pissa"},
+    ],
+    ids=lambda settings: "-".join(str(value) for value in settings.values()),
+)
+def test_in_shards_the_gpu_trains_the_same(lora, tmp_path, settings):
+    """A worker by itself has every shard: what can be tried of FSDP2 and NCCL on one GPU."""
+    recipe = write_recipe(tmp_path, tiny_base(tmp_path / "base", "llama"), WIDE | settings)
+    lora("train", recipe, "--out", tmp_path / "whole")
+
+    lora_process("train", recipe, "--processes", 1, "--on", "fsdp2", "--out", tmp_path / "shards", folder=ROOT)
+    lora_process("train", recipe, "--resume", "--out", tmp_path / "shards")
+
+    found, expected = ([e["loss"] for e in events(tmp_path / name, "step")] for name in ("shards", "whole"))
+    assert found == pytest.approx(expected, rel=1e-4 if settings["model.dtype"] == "float32" else 2e-2)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("profile", ["ddp", "fsdp2"])
+def test_two_gpus_train_as_one(lora, tmp_path, profile):
+    recipe = write_recipe(tmp_path, tiny_base(tmp_path / "base", "llama"), WIDE | {"model.dtype": "float32"})
+    lora("train", recipe, "--processes", 1, "--out", tmp_path / "one")
+
+    lora_process("train", recipe, "--processes", 2, "--on", profile, "--out", tmp_path / "two", folder=ROOT)
+
+    found, expected = ([e["loss"] for e in events(tmp_path / name, "step")] for name in ("two", "one"))
+    assert found == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_gpu_agrees_with_the_cpu_in_float32(lora, tmp_path, monkeypatch):

@@ -8,10 +8,11 @@ import signal
 import sys
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
-from lora_cli.errors import DistributedError, Problem, RecipeError, first_line
+from lora_cli.errors import FIRST_FAILED, DistributedError, Problem, RecipeError, UserError, first_line
 from lora_cli.runs.lock import COMMAND, command
 from lora_cli.signals import GRACE_SECONDS, NUMBERS, Interruption, exit_code
 
@@ -25,6 +26,7 @@ KILL_AFTER, MARGIN = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 5
 LAUNCH_OPTIONS = ("--processes", "--on")
 LAUNCHER = "LORA_LAUNCHER"  # its process
 ERRORS = "LORA_ERRORS"  # names the folder where our workers leave their errors
+HANG = "hang"  # the error file that is no worker's own
 PR_SET_PDEATHSIG = 1
 
 
@@ -52,13 +54,41 @@ def end_with_launcher() -> None:
             raise Interruption(signal.SIGTERM)
 
 
+def leave_hanging(error: UserError, doomed: list[int]) -> NoReturn:
+    """Where workers wait for one that hangs: say so, end those that would not hear anything less, and leave."""
+    if file := error_file():
+        with suppress(OSError):
+            file.with_name(HANG).write_text(str(error), encoding="utf-8")
+    else:
+        print(error, file=sys.stderr, flush=True)
+    for process in doomed:
+        with suppress(OSError):
+            os.kill(process, signal.SIGKILL)
+    os._exit(error.code)  # the main thread is the one that waits
+
+
+def join_others(processes: int | None, profile: str | None) -> None:
+    """Make a task of srun the worker that it is, and let a worker of any launcher shard as the profile says.
+
+    With `--processes`, or a profile of several machines, each task starts workers of its own.
+    """
+    from lora_cli.cli.profiles import Profile, read_profile
+    from lora_cli.cli.slurm import join_srun
+
+    settings = read_profile(profile) if profile else Profile()
+    if processes is None and settings.num_machines == 1:
+        join_srun()
+    if is_worker() and settings.sharding:
+        os.environ.update(settings.sharding.environment())
+
+
 def run_as_workers(processes: int | None, profile: str | None, grace_seconds: float = GRACE_SECONDS) -> bool:
     """Run this command as several workers and wait for them; False where one process is enough."""
     from lora_cli.cli.profiles import Profile, read_profile
 
     settings = read_profile(profile) if profile else Profile()
     here = processes or settings.num_processes or _visible_gpus() or 1
-    if here == 1 and settings.num_machines == 1:
+    if here == 1 and settings.num_machines == 1 and not settings.sharding:
         return False
     _launch(here, settings, grace_seconds)
     return True
@@ -84,6 +114,8 @@ def _launch(processes: int, settings: "Profile", grace_seconds: float) -> None:
     )
     os.environ[COMMAND] = command()
     os.environ[LAUNCHER] = str(os.getpid())
+    if settings.sharding:
+        os.environ.update(settings.sharding.environment())
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     _quiet_launcher()
     with tempfile.TemporaryDirectory(prefix="lora-", ignore_cleanup_errors=True) as errors:
@@ -111,7 +143,9 @@ def _check_gpus(processes: int) -> None:
 
 def _worker_failed(failures: "Mapping[int, ProcessFailure]", errors: Path) -> SystemExit | DistributedError:
     """The exit code of the worker that failed first, whose error is shown; a killed one could not write one."""
-    rank, failure = _cause(failures)
+    if (errors / HANG).is_file():  # those that waited for it have ended it
+        return _said(errors / HANG, DistributedError.code)
+    rank, failure = _cause(failures, errors)
     if failure.exitcode < 0:
         died_of = -failure.exitcode
         return DistributedError(
@@ -120,18 +154,25 @@ def _worker_failed(failures: "Mapping[int, ProcessFailure]", errors: Path) -> Sy
                 fix="look for out-of-memory kills; continue with `--resume`",
             )
         )
-    file = errors / str(rank)
-    if file.is_file():
+    return _said(errors / str(rank), failure.exitcode)
+
+
+def _said(file: Path, code: int) -> SystemExit:
+    if text := _text(file):
         from lora_cli.cli.console import note
 
-        note(file.read_text(encoding="utf-8"))
-    return SystemExit(failure.exitcode)
+        note(text)
+    return SystemExit(code)
+
+
+def _text(file: Path) -> str:
+    return file.read_text(encoding="utf-8") if file.is_file() else ""
 
 
 SOON = 10  # seconds; the launcher waits longer than that before it kills
 
 
-def _cause(failures: "Mapping[int, ProcessFailure]") -> "tuple[int, ProcessFailure]":
+def _cause(failures: "Mapping[int, ProcessFailure]", errors: Path) -> "tuple[int, ProcessFailure]":
     """Who was killed, else who failed by itself, else who lost the others. Those left over the launcher stops, by SIGTERM."""
     first = min(failure.timestamp for failure in failures.values())
 
@@ -139,7 +180,8 @@ def _cause(failures: "Mapping[int, ProcessFailure]") -> "tuple[int, ProcessFailu
         rank, failure = item
         code = failure.exitcode
         killed = code < 0 and code != -signal.SIGTERM and failure.timestamp < first + SOON
-        return not killed, code < 0, code == DistributedError.code, failure.timestamp, rank
+        followed = code == DistributedError.code or FIRST_FAILED in _text(errors / str(rank))
+        return not killed, code < 0, followed, failure.timestamp, rank
 
     return min(failures.items(), key=order)
 

@@ -1,4 +1,5 @@
-"""Launch profiles: Accelerate's config files, as far as they say how many processes there are and where they meet.
+"""Launch profiles: Accelerate's config files, as far as they say how many processes there are, where they meet, and whether
+each holds the whole base (DDP) or a shard of it (FSDP2).
 
 A name is looked for in ./configs/launch first, then among the profiles that come with `lora`. What a file asks for and
 would not get is refused.
@@ -11,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli.errors import Problem, RecipeError, SafetyError
-from lora_cli.recipe.document import MOST_BYTES, Document, Source, parse, shown, visible
+from lora_cli.recipe.document import MOST_BYTES, Document, KeyPath, Source, parse, shown, visible
+from lora_cli.train.sharding import BLOCKS, IN_PROFILE, VERSION, Sharding, class_names
 
 FOLDER = Path("configs/launch")
 SHARE = Path("share/lora/launch")
@@ -26,17 +28,19 @@ class Profile:
     num_machines: int = 1
     main_process_ip: str = "localhost"
     main_process_port: int = 0  # any free one
+    sharding: Sharding | None = None
 
 
 LEAST = {"num_processes": 1, "num_machines": 1, "main_process_port": 0}
 KNOWN = (*LEAST, "main_process_ip")
-PLAIN = ("NO", "MULTI_GPU", "MULTI_CPU")
+KINDS = ("NO", "MULTI_GPU", "MULTI_CPU", "FSDP")
+FSDP = "fsdp_config"
 
 # Keys without effect here -> the values that ask for nothing
 NEUTRAL = {
     "compute_environment": ("local_machine",),
     "debug": ("false",),
-    "distributed_type": tuple(map(str.lower, PLAIN)),
+    "distributed_type": tuple(map(str.lower, KINDS)),
     "downcast_bf16": ("no", "false"),
     "enable_cpu_affinity": ("false",),
     "gpu_ids": ("all",),
@@ -51,7 +55,7 @@ NEUTRAL = {
     "use_cpu": ("false",),
 }
 FIXES = {
-    "distributed_type": "use MULTI_GPU (data parallel) or NO",
+    "distributed_type": "use MULTI_GPU (data parallel), FSDP (base and adapter in shards) or NO",
     "gpu_ids": "remove it, and choose the GPUs with CUDA_VISIBLE_DEVICES",
     "machine_rank": "remove it: the machines number themselves",
     "mixed_precision": "remove it, and set `model.dtype` in the recipe",
@@ -69,9 +73,7 @@ def read_profile(profile: str) -> Profile:
         what, fix = "a launch profile is a block of `key: value`, and this is not", "name a launch profile"
         raise RecipeError(Problem(what, where=visible(str(file)), fix=fix))
     problems = [finding.problem for finding in document.findings]
-    problems += [
-        document.keys[(key,)].problem(*wrong).problem for key, value in values.items() if (wrong := _wrong(key, value))
-    ]
+    problems += [document.keys[path].problem(what, fix).problem for path, what, fix in _wrongs(values)]
     if problems:
         raise RecipeError(*problems)
     return _profile(values, document)
@@ -117,6 +119,32 @@ def _text(file: Path) -> str:
         ) from None
 
 
+def _wrongs(values: dict[str, Any]) -> Iterator[tuple[KeyPath, str, str]]:
+    """The place of each entry that would not be followed, what is wrong with it, and the fix."""
+    for key, value in values.items():
+        if key == FSDP and isinstance(value, dict):
+            yield from (((FSDP, inner), *wrong) for inner, v in value.items() if (wrong := _wrong_shards(inner, v)))
+        elif wrong := _wrong(key, value):
+            yield (key,), *wrong
+    sharded, config = _is_sharded(values), values.get(FSDP)
+    if sharded and not (isinstance(config, dict) and VERSION.name in config):
+        yield ("distributed_type",), f"`distributed_type: FSDP` needs `{FSDP}`", f"add `{FSDP}: {{{VERSION.name}: 2}}`"
+    if config and not sharded:
+        yield (FSDP,), f"`{FSDP}` has no effect without `distributed_type: FSDP`", "set that, or remove the block"
+
+
+def _is_sharded(values: dict[str, Any]) -> bool:
+    return str(values.get("distributed_type")).lower() == "fsdp"
+
+
+def _wrong_shards(key: str, value: Any) -> tuple[str, str] | None:
+    if key not in IN_PROFILE:
+        return f"`{shown(key)}` of `{FSDP}` is not known here", f"remove it; known are {', '.join(IN_PROFILE)}"
+    known = IN_PROFILE[key]
+    done = value is None or (isinstance(value, str) and (known.values is None or value.lower() in known.values))
+    return None if done else (f"`{key}: {_said(value)}` is not supported", known.fix)
+
+
 def _wrong(key: str, value: Any) -> tuple[str, str] | None:
     """What is wrong with an entry, and the fix. Values are text as written; null and empty blocks ask for nothing."""
     if value in (None, [], {}):
@@ -132,7 +160,7 @@ def _wrong(key: str, value: Any) -> tuple[str, str] | None:
     if key in KNOWN:
         return None if isinstance(value, str) else (f"`{key}` is not a name", "write a host name or an address")
     if key not in NEUTRAL:
-        return f"`{shown(key)}` of the launch profile is not known here", f"remove it; keep {', '.join(KNOWN)}"
+        return f"`{shown(key)}` of the launch profile is not known here", f"remove it; keep {', '.join((*KNOWN, FSDP))}"
     if isinstance(value, str) and value.lower() in NEUTRAL[key]:
         return None
     return f"`{key}: {_said(value)}` of the launch profile has no effect here", FIXES.get(key, "remove it")
@@ -150,7 +178,8 @@ def _profile(values: dict[str, Any], document: Document) -> Profile:
         raise RecipeError(*problems)
     if "num_processes" in numbers:
         numbers["num_processes"] //= numbers.get("num_machines", 1)
-    return Profile(**given | numbers)
+    blocks = class_names((values.get(FSDP) or {}).get(BLOCKS.name) or "")
+    return Profile(**given | numbers, sharding=Sharding(blocks) if _is_sharded(values) else None)
 
 
 def _of_many_machines(given: dict[str, Any], document: Document) -> Iterator[Problem]:

@@ -59,11 +59,9 @@ def train(
     from lora_cli.runs.folder import RunFolder
 
     folder = RunFolder(Path(loaded.recipe.output))
-    from lora_cli.cli.launch import is_first_worker, is_worker, run_as_workers
-    from lora_cli.cli.slurm import join_srun
+    from lora_cli.cli.launch import is_first_worker, is_worker, join_others, run_as_workers
 
-    if processes is None and on is None:  # else each task of srun starts workers of its own
-        join_srun()
+    join_others(processes, on)
     if is_first_worker():
         folder.check_free(resume=resume, overwrite=overwrite)
     if not is_worker() and run_as_workers(processes, on, grace):
@@ -75,7 +73,7 @@ def _train(loaded, folder, *, resume: bool, overwrite: bool, allow_change: list[
     from contextlib import nullcontext
 
     from lora_cli.cli.console import note
-    from lora_cli.cli.launch import is_first_worker
+    from lora_cli.cli.launch import is_first_worker, leave_hanging
     from lora_cli.runs.train import execute, prepare
     from lora_cli.signals import noted
     from lora_cli.train.parallel import leave_group, quiet_unless_first
@@ -91,7 +89,11 @@ def _train(loaded, folder, *, resume: bool, overwrite: bool, allow_change: list[
             if hold and (aside := hold.begin()):
                 note(f"the old run was moved to {aside}")
             events = execute(
-                run, resume=resume, allow_change=allow_change, asked_to_stop=lambda: signals.received is not None
+                run,
+                resume=resume,
+                allow_change=allow_change,
+                asked_to_stop=lambda: signals.received is not None,
+                give_up=leave_hanging,
             )
             saved = _follow(run, events, first=hold is not None)
             leave_group()
@@ -106,7 +108,6 @@ def _follow(run, events, *, first: bool) -> int | None:
     from lora_cli.cli.progress import Display
     from lora_cli.runs.train import finish
     from lora_cli.train.events import Finished, Interrupted
-    from lora_cli.train.parallel import on_first
 
     last = None
     with Display(run) if first else nullcontext() as display:
@@ -114,7 +115,7 @@ def _follow(run, events, *, first: bool) -> int | None:
             if display:
                 display.show(last)
     if isinstance(last, Finished):
-        adapter = on_first(run.accelerator, lambda: finish(run, last))
+        adapter = finish(run, last)
         if display:
             display.show_result(adapter)
     return last.saved if isinstance(last, Interrupted) else None

@@ -52,7 +52,7 @@ def held_out_loss(
     ranks = {"rank": accelerator.process_index, "processes": accelerator.num_processes}
     losses: list[Loss] = []
     try:
-        with torch.inference_mode():
+        with torch.no_grad():  # shards gathered in inference mode could not be trained with afterwards
             for _, batch in micro_batches(list(examples), layout, **ranks, sources=sources):
                 losses.append(task(to_device(batch, accelerator.device)))
                 between()

@@ -22,10 +22,12 @@ def answer(
     max_new_tokens: int = 96,
     batch_size: int = 8,
     between: Callable[[], None] = lambda: None,
+    together: bool = False,
 ) -> dict[str, str]:
     """The greedy answer to each prompt, which is rendered as training rendered its rows: `form` is theirs.
 
-    `between` is called after each token; what it raises ends the answers.
+    `between` is called after each token; what it raises ends the answers. `together`: several processes hold shards of
+    the model, so none stops before all have done.
     """
     training = model.training
     model.eval()
@@ -33,7 +35,7 @@ def answer(
     try:
         for i in range(0, len(prompts), batch_size):
             batch = prompts[i : i + batch_size]
-            found = _generate(model, tokenizer, batch, form, max_new_tokens, between)
+            found = _generate(model, tokenizer, batch, form, max_new_tokens, between, together)
             answers |= dict(zip(batch, found, strict=True))
     finally:
         model.train(training)
@@ -41,14 +43,20 @@ def answer(
 
 
 def _generate(
-    model, tokenizer, prompts: Sequence[str], form: PromptForm, max_new_tokens: int, between: Callable[[], None]
+    model,
+    tokenizer,
+    prompts: Sequence[str],
+    form: PromptForm,
+    max_new_tokens: int,
+    between: Callable[[], None],
+    together: bool,
 ) -> list[str]:
     renderer = Renderer(tokenizer)
     rows = [renderer.prompt_of(prompt, form) for prompt in prompts]
     width = max(map(len, rows))
     ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    with torch.inference_mode():
+    with torch.no_grad():  # shards gathered in inference mode could not be trained with afterwards
         out = model.generate(
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
@@ -60,6 +68,7 @@ def _generate(
             temperature=None,
             top_p=None,
             top_k=None,
+            synced_gpus=together,
             stopping_criteria=[lambda ids, scores: bool(between())],  # never of itself
         )
     return [text.strip() for text in tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)]

@@ -13,6 +13,7 @@ from lora_cli.lora.base_files import Fingerprint
 from lora_cli.lora.config import LoRAConfig
 from lora_cli.lora.inject import inject, linears, lora_layers
 from lora_cli.lora.layer import merged_weight
+from lora_cli.lora.shards import whole
 from lora_cli.lora.weights import storage_of
 from lora_cli.lora.whole import State, whole_modules
 
@@ -60,6 +61,7 @@ class Adapter:
         """A copy of what the model has learned, as a plain adapter of its unchanged base.
 
         A start that is taken off in the forward (PiSSA, OLoRA) becomes part of the factors, which doubles the rank.
+        Of a model in shards all processes make it together, and each gets the whole.
         """
         found = lora_layers(model)
         layers = {path: _factors(layer) for path, layer in found.items()}
@@ -204,7 +206,7 @@ def _factors(layer: nn.Module) -> Factors:
 
 
 def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", torch.float32, copy=True)
+    return whole(tensor.detach()).to("cpu", torch.float32, copy=True)
 
 
 def _acts(factors: Factors) -> bool:

@@ -15,6 +15,7 @@ from lora_cli.errors import ModelError, Problem, RecipeError
 from lora_cli.lora.config import LoRAConfig
 from lora_cli.lora.init import Init, kaiming
 from lora_cli.lora.layer import LoRALinear
+from lora_cli.lora.shards import local
 from lora_cli.lora.weights import STORAGES, keep_unpacked, storage_of
 from lora_cli.lora.whole import whole_modules, wrap_whole
 
@@ -85,11 +86,11 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 
 def frozen_digest(model: nn.Module) -> str:
-    """A hash over both ends of every frozen parameter: equal before and after training."""
+    """A hash over both ends of every frozen parameter, as far as it lies here: equal before and after training."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
-            flat = parameter.detach().flatten()
+            flat = local(parameter.detach()).flatten()
             ends = torch.cat([flat[:SAMPLED_VALUES], flat[-SAMPLED_VALUES:]]).cpu()
             digest.update(name.encode() + ends.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

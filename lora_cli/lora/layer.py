@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lora_cli.kernels.lora_linear import lora_update
 from lora_cli.lora.config import LoRAConfig
+from lora_cli.lora.shards import put, whole
 from lora_cli.lora.weights import dense, storage_of
 
 
@@ -57,17 +58,18 @@ class LoRALinear(nn.Module):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A [r, in] and B [out, r] of the update as it acts: with the start taken off they are [2r, in] and [out, 2r]."""
+        A, B = whole(self.lora_A), whole(self.lora_B)
         if self.start_A is None:
-            return self.lora_A, self.lora_B
-        return torch.cat([self.lora_A, self.start_A]), torch.cat([self.lora_B, -self.start_B], dim=1)
+            return A, B
+        return torch.cat([A, self.start_A]), torch.cat([B, -self.start_B], dim=1)
 
     def begin_at(self, A: Tensor, B: Tensor) -> None:
         """Start training from A and B; a B that is not zero is remembered and taken off in every forward."""
         with torch.no_grad():
-            self.lora_A.copy_(A)
-            self.lora_B.copy_(B)
-        if B.any():
-            self.start_A, self.start_B = self.lora_A.detach().clone(), self.lora_B.detach().clone()
+            put(self.lora_A, A)
+            put(self.lora_B, B)
+            if B.any():
+                self.start_A, self.start_B = whole(self.lora_A).clone(), whole(self.lora_B).clone()
 
     @property
     def weight(self) -> Tensor:

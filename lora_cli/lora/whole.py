@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lora_cli.errors import ModelError, Problem
+from lora_cli.lora.shards import put, whole
 from lora_cli.lora.weights import is_quantised
 
 State = Mapping[str, Tensor]  # parameter name inside the module -> tensor
@@ -37,12 +38,14 @@ class TrainedWhole(nn.Module):
 
     def state(self) -> dict[str, Tensor]:
         """A copy of what is trained: float32, on the CPU."""
-        return {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in self.trained.named_parameters()}
+        return {
+            name: whole(p.detach()).to("cpu", torch.float32, copy=True) for name, p in self.trained.named_parameters()
+        }
 
     def load(self, state: State) -> None:
         with torch.no_grad():
             for name, parameter in self.trained.named_parameters():
-                parameter.copy_(state[name])
+                put(parameter, state[name])
 
     def __getattr__(self, name: str) -> Any:
         """What a model reads of the module it had (`num_embeddings`, `weight` …), it reads of the frozen original."""

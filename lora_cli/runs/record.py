@@ -37,6 +37,7 @@ from lora_cli.runs.parts import Run
 from lora_cli.runs.resume import Continuation, installed
 from lora_cli.train import auto
 from lora_cli.train.layout import filled
+from lora_cli.train.sharded import is_sharded
 
 LIBRARIES = (
     "lora-cli",
@@ -98,6 +99,7 @@ def opened(run: Run, resumed: Continuation | None) -> Record:
             "dtype": str(run.dtype).removeprefix("torch."),
             "device": str(run.accelerator.device),
             "processes": run.accelerator.num_processes,
+            "sharded": is_sharded(run.model),
             **asdict(run.settings.layout),  # micro_batch_size; row_length where rows are packed
             "gradient_checkpointing": auto.gradient_checkpointing(run.recipe.training, run.accelerator.device),
             "filled": _filled(run),

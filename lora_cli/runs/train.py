@@ -7,7 +7,7 @@ finish    -> PEFT's two files, tokenizer, run.json, page and card, read back and
 
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +28,7 @@ from lora_cli.lora.adapter import Adapter
 from lora_cli.lora.base_files import fingerprint
 from lora_cli.lora.config import CAUSAL_LM, SEQ_CLS
 from lora_cli.lora.init import INITS
-from lora_cli.lora.inject import frozen_digest, inject, linears
+from lora_cli.lora.inject import disabled, frozen_digest, inject, linears
 from lora_cli.lora.peft_format import WEIGHTS, load_adapter, save_adapter
 from lora_cli.lora.targets import fused_notices, names_to_save, shortest_suffixes
 from lora_cli.lora.weights import storage_of
@@ -58,14 +58,17 @@ from lora_cli.train import auto
 from lora_cli.train.checkpoint import folder_name, restore, save_checkpoint, set_damaged_aside
 from lora_cli.train.events import Complete, Event, Finished, Interrupted, Resumed, Started
 from lora_cli.train.loop import Actions, Measured, Parts, Settings, train
-from lora_cli.train.optim import make_optimizer, make_schedule
+from lora_cli.train.optim import OptimizerState, make_optimizer, make_schedule, optimizer_state
 from lora_cli.train.parallel import agree, local_rank, make_accelerator, on_first
 from lora_cli.train.progress import Progress
 from lora_cli.train.ranks import Ranks
 from lora_cli.train.rewind import Rewind
+from lora_cli.train.sharded import check_can_be_sharded, is_sharded, shard, sharded_modules
+from lora_cli.train.sharding import Sharding, asked_for
 from lora_cli.train.sinks import Sink, open_sinks
 from lora_cli.train.task import Task
 from lora_cli.train.trackers import Tracked, check_trackers
+from lora_cli.train.watch import GiveUp, Watch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -88,6 +91,7 @@ def prepare(loaded: LoadedRecipe, folder: RunFolder) -> Run:
     device = default_device(local_rank())
     dtype = _training_dtype(recipe, device)
     accelerator = make_accelerator()
+    sharding = _sharding(recipe)
     with accelerator.local_main_process_first():
         base = resolve_base(recipe.model.base, recipe.model.revision)
     identity = fingerprint(base.folder)
@@ -100,7 +104,7 @@ def prepare(loaded: LoadedRecipe, folder: RunFolder) -> Run:
         dtype=dtype,
         quantize=recipe.model.quantize,
         attention=recipe.model.attention,
-        device=device,
+        device="cpu" if sharding else device,  # where the files are mapped: once for all processes of a machine
         head=new_head(training, rows.labels, tokenizer.pad_token_id),
     )
     whole = whole_paths(model, recipe.lora.modules_to_save)
@@ -119,12 +123,15 @@ def prepare(loaded: LoadedRecipe, folder: RunFolder) -> Run:
         base=base.name,
         revision=base.revision,
     )
-    settings = _settings(recipe, rows, model, accelerator, device)  # probes the base, so before it has an adapter
     inject(model, config, paths, whole=whole, init=INITS[recipe.lora.init], seed=training.seed)
     if recipe.lora.start_from:
         start_from(Path(recipe.lora.start_from), model, config, identity, base.folder, rows.labels)
     if auto.gradient_checkpointing(training, device):
         checkpoint_activations(model)
+    if sharding:
+        shard(model, sharding, device)
+    with disabled(model):  # what is probed is the base
+        settings = _settings(recipe, rows, model, accelerator, device)
     return Run(
         loaded=loaded,
         folder=folder,
@@ -150,10 +157,12 @@ def execute(
     resume: bool = False,
     allow_change: Collection[str] = (),
     asked_to_stop: Callable[[], bool] = lambda: False,
+    give_up: GiveUp | None = None,
 ) -> Iterator[Event]:
     """Train; yield what happens. Files are written by the first process alone.
 
     Ends with Finished; with Interrupted where it was asked to stop; with Complete alone where there is nothing to resume.
+    With `give_up`, several processes look after each other: it is called, on a thread, where one of them hangs.
     """
     parts, first = _parts(run, asked_to_stop), run.accelerator.is_main_process
     if resume:
@@ -172,7 +181,10 @@ def execute(
     events = _events(run, parts, progress, found, settings)
     with ExitStack() as stack:
         sinks = _sinks(run, record, stack, resumed_at=progress.step if resume else None) if first else []
+        watch = stack.enter_context(_watch(run, parts, give_up))
         for event in events:
+            if watch:
+                watch.note(event)
             for sink in sinks:
                 sink(event)
             yield event
@@ -180,17 +192,20 @@ def execute(
         tell_end(run.folder, {"reason": "interrupted"})
 
 
-def finish(run: Run, finished: Finished) -> Adapter:
+def finish(run: Run, finished: Finished) -> Adapter | None:
     """Save the adapter, read it back, and write the run's record, its page and its card.
 
-    What was there before stays until the adapter is whole.
-
-    Raises for an adapter that does nothing or is not finite, for a base that has changed, and for a file that differs
-    from what was trained.
+    What was there before stays until the adapter is whole. The first process writes, and returns it; all of them gather
+    it, and look at what they have of the base. Raises for an adapter that does nothing or is not finite, for a base that
+    has changed, and for a file that differs from what was trained.
     """
     adapter = run.adapter()
     if frozen_digest(run.model) != run.frozen:
         raise RuntimeError("the frozen base has changed during training")
+    return on_first(run.accelerator, lambda: _write_result(run, finished, adapter))
+
+
+def _write_result(run: Run, finished: Finished, adapter: Adapter) -> Adapter:
     if finished.adapter_step != finished.step:
         adapter = load_adapter(run.folder.checkpoints / folder_name(finished.adapter_step))
     adapter.check_alive()
@@ -214,13 +229,23 @@ def _sinks(run: Run, record: Record, stack: ExitStack, *, resumed_at: int | None
     return stack.enter_context(open_sinks(training.trackers, tracked))
 
 
+@contextmanager
+def _watch(run: Run, parts: Parts, give_up: GiveUp | None) -> Iterator[Watch | None]:
+    if give_up is None or parts.ranks.count == 1:
+        yield None
+        return
+    with Watch(parts.ranks.mine, parts.ranks.count, give_up) as watch:
+        watch.follow(run.accelerator.unwrap_model(parts.task), sharded_modules(run.model))
+        yield watch
+
+
 def _parts(run: Run, asked_to_stop: Callable[[], bool]) -> Parts:
     training = run.recipe.training
     task = Task(run.model, OBJECTIVES[objective_of(training).kind]).train()
     parameters = {name: p for name, p in run.model.named_parameters() if p.requires_grad}
     optimizer = make_optimizer(training, parameters)
     return Parts(
-        task=run.accelerator.prepare(task) if run.accelerator.num_processes > 1 else task,
+        task=run.accelerator.prepare(task) if run.accelerator.num_processes > 1 and not is_sharded(run.model) else task,
         optimizer=optimizer,
         parameters=parameters,
         schedule=make_schedule(training, run.plan.steps),
@@ -284,22 +309,31 @@ def _actions(run: Run, parts: Parts, progress: Progress, settings: Mapping[str, 
         # the processes answer at paces of their own, and meet when all are done
         between = ranks.go_on if ranks.count == 1 else lambda: None
         form = PromptForm(run.rows.report.format, run.recipe.data.template)
-        answers = answer(run.model, run.tokenizer, training.sample_prompts, form=form, between=between)
+        answers = answer(
+            run.model,
+            run.tokenizer,
+            training.sample_prompts,
+            form=form,
+            between=between,
+            together=is_sharded(run.model),
+        )
         ranks.go_on()
         return answers
 
     def save(progress: Progress) -> str:
-        on_first(run.accelerator, lambda: write(progress))
+        # shards are gathered by all processes, and written by one
+        adapter = run.adapter()
+        state = optimizer_state(parts.optimizer, parts.parameters)
+        on_first(run.accelerator, lambda: write(progress, adapter, state))
         return str(run.folder.checkpoints)
 
-    def write(progress: Progress) -> None:
+    def write(progress: Progress, adapter: Adapter, state: OptimizerState) -> None:
         run.folder.check_ours()
         save_checkpoint(
             run.folder.checkpoints,
             progress,
-            run.adapter(),
-            parts.optimizer,
-            parts.parameters,
+            adapter,
+            state,
             settings=settings,
             transposed=run.transposed,
             keep=training.keep_checkpoints,
@@ -335,6 +369,14 @@ def _settings(
         keep_best=training.keep_best,
         sources=sources_in(rows.train),
     )
+
+
+def _sharding(recipe: Recipe) -> Sharding | None:
+    """What the launcher asks for. A process by itself is no worker, and has nobody to share the base with."""
+    sharding = asked_for() if torch.distributed.is_initialized() else None
+    if sharding:
+        check_can_be_sharded(recipe)
+    return sharding
 
 
 def _training_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:

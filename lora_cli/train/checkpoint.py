@@ -29,8 +29,9 @@ from lora_cli.errors import DivergedError, ModelError, Problem, StorageError
 from lora_cli.lora.adapter import Adapter
 from lora_cli.lora.inject import lora_layers
 from lora_cli.lora.peft_format import adapter_files, load_adapter
+from lora_cli.lora.shards import put
 from lora_cli.lora.whole import whole_modules
-from lora_cli.train.optim import Parameters, optimizer_state, restore_optimizer
+from lora_cli.train.optim import OptimizerState, Parameters, restore_optimizer
 from lora_cli.train.progress import Progress
 from lora_cli.train.rewind import Snapshot
 
@@ -56,8 +57,7 @@ def save_checkpoint(
     checkpoints: Path,
     progress: Progress,
     adapter: Adapter,
-    optimizer: Optimizer,
-    parameters: Parameters,
+    optimizer: OptimizerState,
     *,
     settings: Mapping[str, object],
     transposed: bool,
@@ -71,7 +71,7 @@ def save_checkpoint(
     where the disk gives back something else; nothing has changed then.
     """
     adapter.check_finite()
-    tensors, scalars = optimizer_state(optimizer, parameters)
+    tensors, scalars = optimizer
     _check_finite(tensors)
     contents = adapter_files(adapter, transposed=transposed) | {OPTIMIZER: save(tensors)}
     state = {"progress": progress.as_json(), "settings": dict(settings), "optimizer": scalars}
@@ -235,7 +235,7 @@ def _restore_layers(adapter: Adapter, model: nn.Module) -> None:
             else:
                 layer.start_A = layer.start_B = None
             if factors.magnitude is not None:
-                layer.magnitude.copy_(factors.magnitude)
+                put(layer.magnitude, factors.magnitude)
 
 
 def _restore_extras(adapter: Adapter, model: nn.Module) -> None:

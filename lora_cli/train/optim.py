@@ -6,10 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lora_cli.lora.shards import laid_out_as, whole
 from lora_cli.recipe.schema import Training
 
 Schedule = Callable[[int], float]
 Parameters = Mapping[str, nn.Parameter]
+OptimizerState = tuple[dict[str, Tensor], dict[str, dict]]
 
 
 def make_optimizer(settings: Training, parameters: Parameters) -> Optimizer:
@@ -40,13 +42,16 @@ def make_schedule(settings: Training, steps: int) -> Schedule:
     return lambda step: factor(step if step <= warmup else step - 1)
 
 
-def optimizer_state(optimizer: Optimizer, parameters: Parameters) -> tuple[dict[str, Tensor], dict[str, dict]]:
-    """The optimizer's state by parameter name: tensors as `<name>/<key>`, plain numbers apart from them."""
+def optimizer_state(optimizer: Optimizer, parameters: Parameters) -> OptimizerState:
+    """The optimizer's state by parameter name: tensors as `<name>/<key>`, plain numbers apart from them.
+
+    Whole tensors on the CPU: of shards, all processes make it together.
+    """
     tensors, scalars = {}, {}
     for name, parameter in parameters.items():
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
-                tensors[f"{name}/{key}"] = value.detach().to("cpu", copy=True).contiguous()
+                tensors[f"{name}/{key}"] = whole(value.detach()).to("cpu", copy=True).contiguous()
             else:
                 scalars.setdefault(name, {})[key] = value
     return tensors, scalars
@@ -60,9 +65,7 @@ def restore_optimizer(
         state = dict(scalars.get(name, {}))
         for key in (key for key in tensors if key.rpartition("/")[0] == name):
             tensor = tensors[key]
-            state[key.rpartition("/")[2]] = (
-                tensor if tensor.ndim == 0 and not _fused(optimizer) else tensor.to(parameter.device)
-            )
+            state[key.rpartition("/")[2]] = _placed(tensor, parameter, counts_on_device=_fused(optimizer))
         if state:
             optimizer.state[parameter] = state
 
@@ -78,6 +81,12 @@ def _bitsandbytes(name: str) -> Callable[..., Optimizer]:
         return getattr(bitsandbytes.optim, name)(parameters, **kwargs)
 
     return make
+
+
+def _placed(tensor: Tensor, parameter: Tensor, *, counts_on_device: bool) -> Tensor:
+    if tensor.ndim == 0:
+        return tensor.to(parameter.device) if counts_on_device else tensor
+    return laid_out_as(parameter, tensor)
 
 
 def _fused(optimizer: Optimizer) -> bool:

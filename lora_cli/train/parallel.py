@@ -5,23 +5,28 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import DistributedType, GradientAccumulationPlugin
 
-from lora_cli.errors import DistributedError, Problem, RecipeError
+from lora_cli.errors import FIRST_FAILED, DistributedError, Problem, RecipeError, StorageError, UserError
+from lora_cli.lora.shards import is_sharded
 from lora_cli.train.optim import Parameters
+from lora_cli.train.sharding import hidden_from_accelerate, is_on, not_done
 
 T = TypeVar("T")
 
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
-FIX = "use `distributed_type: MULTI_GPU`, MULTI_CPU or NO (data parallel), or start with `lora train --processes N`"
+FIX = "use `distributed_type: MULTI_GPU`, FSDP or NO, or start with `lora train --processes N`"
+
+# One process may download the base while the others wait. From the first step on, `watch.py` is quicker
+START_UP = timedelta(hours=2)
 
 # What `accelerate launch` asks for through the environment, and would not get
 NOT_SUPPORTED = {
-    "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
@@ -29,7 +34,8 @@ NOT_SUPPORTED = {
 
 
 def make_accelerator() -> Accelerator:
-    """On the GPUs where there are any, else on the CPU (gloo). Loads and steps are ours, so it neither casts nor accumulates.
+    """On the GPUs where there are any, else on the CPU (gloo). Loads, steps and shards are ours: it neither casts nor
+    accumulates, and knows nothing of FSDP.
 
     What `accelerate launch` sets in the environment changes neither; RecipeError where it asks for more than data parallel.
     """
@@ -38,13 +44,14 @@ def make_accelerator() -> Accelerator:
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     # The frozen base has no buffers that could drift apart, and every parameter gets a gradient in every step.
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-    accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(),
-        mixed_precision="no",
-        dynamo_backend="no",
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        kwargs_handlers=[ddp],
-    )
+    with hidden_from_accelerate():
+        accelerator = Accelerator(
+            cpu=not torch.cuda.is_available(),
+            mixed_precision="no",
+            dynamo_backend="no",
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            kwargs_handlers=[ddp, InitProcessGroupKwargs(timeout=START_UP)],
+        )
     if accelerator.distributed_type not in SUPPORTED:
         raise _unsupported(accelerator.distributed_type.value)
     return accelerator
@@ -70,9 +77,9 @@ def sum_gradients(parameters: Parameters, accelerator: Accelerator) -> None:
     """Add up the gradients of all processes, in one message.
 
     An adapter's are small: nothing is gained by sending them while the backward runs, and a process that fails in it
-    leaves no other waiting.
+    leaves no other waiting. Those of shards are added up in the backward.
     """
-    if accelerator.num_processes == 1:
+    if accelerator.num_processes == 1 or any(map(is_sharded, parameters.values())):
         return
     gradients = [parameter.grad for parameter in parameters.values()]
     summed = accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "sum")
@@ -81,20 +88,30 @@ def sum_gradients(parameters: Parameters, accelerator: Accelerator) -> None:
 
 
 def on_first(accelerator: Accelerator, act: Callable[[], T]) -> T | None:
-    """What the first process does while the others wait; where it fails, all of them raise."""
+    """What the first process does while the others wait; where it fails, they all raise, with its exit code."""
     result, failure = None, None
     if accelerator.is_main_process:
         try:
             result = act()
         except Exception as error:
             failure = error
-    failed = accelerator.reduce(torch.tensor(float(failure is not None), device=accelerator.device), "sum").item() > 0
-    if failure is not None:
-        raise failure
-    if failed:
-        fix = "put right what worker 0 names; continue with `--resume`"
-        raise DistributedError(Problem("worker 0 failed to write", fix=fix))
+    code = torch.tensor(_exit_code(failure), device=accelerator.device)
+    if code := int(accelerator.reduce(code, "sum").item()):
+        raise failure or _failed_elsewhere(code)
     return result
+
+
+def _exit_code(failure: Exception | None) -> int:
+    if failure is None:
+        return 0
+    if isinstance(failure, OSError):
+        return StorageError.code
+    return failure.code if isinstance(failure, UserError) else UserError.code
+
+
+def _failed_elsewhere(code: int) -> UserError:
+    kind = next((error for error in UserError.__subclasses__() if error.code == code), UserError)
+    return kind(Problem(FIRST_FAILED, fix="put right what it names; continue with `--resume`"))
 
 
 def local_rank() -> int:
@@ -117,9 +134,16 @@ def leave_group() -> None:
 def _check_environment() -> None:
     """Before Accelerate reads it: it would import DeepSpeed, and drop FSDP on a CPU without a word."""
     for variable, name in NOT_SUPPORTED.items():
-        if _is_on(variable):
+        if is_on(variable):
             raise _unsupported(name)
-    if _is_on("ACCELERATE_USE_CPU") and torch.cuda.is_available():
+    if refused := list(not_done()):
+        raise RecipeError(
+            *(
+                Problem(f"`{key.name}: {value}` of the launcher is not supported", where=key.variable, fix=key.fix)
+                for key, value in refused
+            )
+        )
+    if is_on("ACCELERATE_USE_CPU") and torch.cuda.is_available():
         raise RecipeError(
             Problem(
                 "`use_cpu` of the launcher is not supported where GPUs are visible",
@@ -127,10 +151,6 @@ def _check_environment() -> None:
                 fix='hide them with CUDA_VISIBLE_DEVICES=""',
             )
         )
-
-
-def _is_on(variable: str) -> bool:
-    return os.environ.get(variable, "").lower() in ("1", "true", "yes", "on")
 
 
 def _unsupported(name: str) -> RecipeError:

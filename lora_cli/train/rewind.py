@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lora_cli.lora.shards import put, whole
 from lora_cli.train.optim import Parameters, optimizer_state, restore_optimizer
 
 EVERY = 20  # steps between snapshots
@@ -35,7 +36,7 @@ class Rewind:
     def note(self, step: int, parameters: Parameters, optimizer: Optimizer) -> None:
         """Take a snapshot where one is due."""
         if step % EVERY == 0:
-            weights = {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters.items()}
+            weights = {name: whole(parameter.detach()).to("cpu", copy=True) for name, parameter in parameters.items()}
             self.snapshot = Snapshot(step, weights, *optimizer_state(optimizer, parameters))
 
     def put_back(self, parameters: Parameters, optimizer: Optimizer) -> int | None:
@@ -44,7 +45,7 @@ class Rewind:
             return None
         with torch.no_grad():
             for name, parameter in parameters.items():
-                parameter.copy_(self.snapshot.weights[name])
+                put(parameter, self.snapshot.weights[name])
         tensors = {name: tensor.clone() for name, tensor in self.snapshot.tensors.items()}
         restore_optimizer(optimizer, parameters, tensors, self.snapshot.scalars)
         return self.snapshot.step

@@ -14,7 +14,7 @@ import psutil
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from running import ROOT, adapter_bytes, events, lora_process
+from running import ROOT, adapter_bytes, events, free_port, lora_process
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.rendezvous.api import RendezvousConnectionError
 
@@ -23,6 +23,7 @@ from lora_cli.cli.profiles import Profile, profile_folders, read_profile
 from lora_cli.cli.slurm import first_host, worker_of_srun
 from lora_cli.errors import DistributedError, RecipeError, SafetyError, is_out_of_memory
 from lora_cli.train.parallel import agree, make_accelerator
+from lora_cli.train.sharding import Sharding, asked_for, not_done
 
 STEP = {"SLURM_STEP_ID": "0", "SLURM_JOB_ID": "1234", "SLURM_NTASKS": "2", "SLURM_NODEID": "0"}
 
@@ -114,9 +115,10 @@ def test_a_prepared_model_computes_in_its_own_precision(anew):
 
 
 @pytest.mark.parametrize(
-    ("variable", "name"), [("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")]
+    ("variable", "name"),
+    [("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")],
 )
-def test_more_than_data_parallel_is_refused(variable, name, lora, recipe, anew):
+def test_what_is_neither_data_parallel_nor_fsdp_is_refused(variable, name, lora, recipe, anew):
     anew.setenv(variable, "true")
 
     done = lora("train", recipe(), code=2)
@@ -124,6 +126,49 @@ def test_more_than_data_parallel_is_refused(variable, name, lora, recipe, anew):
     assert done.err.startswith(
         f"error: training with {name} is not supported\n  fix: use `distributed_type: MULTI_GPU`"
     )
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        (
+            "FSDP_VERSION",
+            "1",
+            "`fsdp_version: 1` of the launcher is not supported\n  --> FSDP_VERSION\n  fix: set `fsdp_version: 2`",
+        ),
+        ("FSDP_VERSION", "", "`fsdp_version: 1` of the launcher"),
+        ("FSDP_OFFLOAD_PARAMS", "true", "`fsdp_offload_params: true` of the launcher"),
+        ("FSDP_RESHARD_AFTER_FORWARD", "false", "`fsdp_reshard_after_forward: false` of the launcher"),
+        ("FSDP_AUTO_WRAP_POLICY", "SIZE_BASED_WRAP", "`fsdp_auto_wrap_policy: SIZE_BASED_WRAP` of the launcher"),
+    ],
+)
+def test_what_accelerates_launcher_asks_of_fsdp_and_would_not_get_is_refused(variable, value, said, lora, recipe, anew):
+    for name, default in {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", variable: value}.items():
+        anew.setenv(name, default)
+
+    assert lora("train", recipe(), code=2).err.startswith(f"error: {said}")
+
+
+def test_what_accelerates_launcher_sets_by_itself_is_taken():
+    asked = {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "FSDP_SHARDING_STRATEGY": "FULL_SHARD",
+        "FSDP_RESHARD_AFTER_FORWARD": "true",
+        "FSDP_OFFLOAD_PARAMS": "false",
+        "FSDP_MIN_NUM_PARAMS": "100000000",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer, LlamaMLP",
+        "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+        "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
+        "FSDP_ACTIVATION_CHECKPOINTING": "false",
+        "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": "false",
+    }
+
+    assert list(not_done(asked)) == []
+    assert asked_for(asked) == Sharding(("LlamaDecoderLayer", "LlamaMLP"))
+    assert asked_for(asked | {"ACCELERATE_USE_FSDP": "false"}) is None
+    assert asked_for(Sharding(("A", "B")).environment()) == Sharding(("A", "B"))
 
 
 def test_processes_agree_or_the_values_that_differ_are_named():
@@ -203,6 +248,26 @@ def test_what_is_no_task_among_several_of_srun_stays_as_it_is(environment):
     assert worker_of_srun(environment) == {}
 
 
+@pytest.mark.parametrize(
+    ("processes", "profile", "joined"),
+    [
+        (None, None, {"RANK": "1"}),
+        (None, "ddp", {"RANK": "1"}),
+        (None, "fsdp2", {"RANK": "1", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}),
+        (None, "fsdp2-multinode", {}),
+        (2, "fsdp2", {}),
+    ],
+)
+def test_a_task_of_srun_is_a_worker_unless_it_is_to_start_some(processes, profile, joined, monkeypatch):
+    environment = STEP | {"SLURM_PROCID": "1"}
+    monkeypatch.setattr(os, "environ", environment)
+
+    launch.join_others(processes, profile)
+
+    added = {name: environment[name] for name in ("RANK", "ACCELERATE_USE_FSDP", "FSDP_VERSION") if name in environment}
+    assert added == joined
+
+
 def test_two_tasks_of_srun_are_one_run(recipe, tmp_path):
     file = recipe({"training.max_steps": 2})
     step = STEP | {"SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_JOB_ID": str(os.getpid())}
@@ -257,6 +322,15 @@ def test_the_worker_that_failed_first_speaks_for_all(ended, code, text, tmp_path
     assert ("said by" in said) == isinstance(error, SystemExit)
 
 
+def test_where_the_first_can_not_write_it_speaks_for_all(tmp_path, capsys):
+    for rank, said in enumerate(["error: the disk refuses", "error: worker 0 failed to write"]):
+        (tmp_path / str(rank)).write_text(said)
+    failures = {0: SimpleNamespace(exitcode=5, timestamp=6), 1: SimpleNamespace(exitcode=5, timestamp=5)}
+
+    assert launch._worker_failed(failures, tmp_path).code == 5
+    assert capsys.readouterr().err == "error: the disk refuses\n"
+
+
 def test_an_error_of_every_worker_is_shown_once_with_its_code(recipe):
     done = lora_process("train", recipe({"lora.targets": ["q_prj"]}), "--processes", 2, code=4)
 
@@ -277,6 +351,82 @@ def test_a_worker_that_is_killed_ends_the_run_with_exit_8(recipe, tmp_path):
     assert "worker 1 was killed by signal 9 (SIGKILL)" in err
     assert "torch/distributed" not in err
     assert_gone(workers)
+
+
+def test_a_launcher_that_is_killed_leaves_no_worker_behind(recipe, tmp_path):
+    process = start_process("train", recipe({"training.max_steps": 100_000}), "--processes", 2)
+    workers = workers_in_training(process, tmp_path / "out")
+
+    process.kill()
+
+    process.communicate(timeout=120)  # their ends of the pipes are closed
+    psutil.wait_procs(workers.values(), timeout=60)
+    assert_gone(workers)
+
+
+def failing_worker(folder: Path, act: str) -> str:
+    """A PYTHONPATH with which worker 1 does `act` as it makes its optimizer."""
+    (folder / "sitecustomize.py").write_text(
+        "import os\n"
+        "if os.environ.get('RANK') == '1':\n"
+        "    import lora_cli.runs.train as train\n"
+        "    from lora_cli.errors import ModelError, Problem\n"
+        "    import signal, time\n"
+        f"    def act(*_): {act}\n"
+        "    train.make_optimizer = act\n"
+    )
+    return os.pathsep.join([str(folder), str(ROOT)])
+
+
+@pytest.mark.parametrize(
+    ("act", "code", "said"),
+    [
+        ("raise ModelError(Problem('only here'))", 4, "error: only here\n"),
+        ("raise ZeroDivisionError('only here')", 1, "error: a bug in lora: ZeroDivisionError: only here\n"),
+    ],
+    ids=["a user's error", "a bug"],
+)
+def test_the_error_of_one_worker_is_shown_once_with_its_code(act, code, said, recipe, tmp_path):
+    path = failing_worker(tmp_path, act)
+
+    process = start_process("train", recipe(), "--processes", 2, PYTHONPATH=path)
+    _, err = process.communicate(timeout=240)
+
+    assert process.returncode == code, err
+    assert said in err
+    assert err.count("error:") == 1
+
+
+def test_a_worker_that_is_stopped_ends_the_run_with_one_error(recipe, tmp_path):
+    process = start_process(
+        "train", recipe({"training.max_steps": 100_000}), "--processes", 2, "--on", "fsdp2", LORA_HANG_SECONDS="5"
+    )
+    workers = workers_in_training(process, tmp_path / "out")
+
+    workers[1].suspend()
+    _, err = process.communicate(timeout=240)
+
+    assert process.returncode == 8, err
+    assert err.count("error:") == 1
+    assert "error: worker 1 hangs: nothing has happened for " in err
+    assert "worker 0: " in err
+    assert_gone(workers)
+
+
+@pytest.mark.parametrize("kind", ["MULTI_GPU", "FSDP"])
+def test_two_machines_are_one_run(kind, recipe, tmp_path):
+    """Two launchers with a worker each, which meet on this machine."""
+    shards = "fsdp_config: {fsdp_version: 2}\n" if kind == "FSDP" else ""
+    meeting = f"main_process_ip: localhost\nmain_process_port: {free_port()}\n"
+    profile = profile_of(tmp_path, f"distributed_type: {kind}\n{shards}num_machines: 2\nnum_processes: 2\n{meeting}")
+    file = recipe({"training.max_steps": 2})
+
+    machines = [start_process("train", file, "--on", profile) for _ in range(2)]
+    said = [machine.communicate(timeout=280) for machine in machines]
+
+    assert [machine.returncode for machine in machines] == [0, 0], said
+    assert [event["processes"] for event in events(tmp_path / "out", "started")] == [2]
+    assert len(events(tmp_path / "out", "step")) == 2
 
 
 def test_a_launcher_that_is_interrupted_takes_its_workers_along(recipe, tmp_path):
@@ -368,6 +518,9 @@ def test_profiles_of_an_installation_are_among_those_looked_at(package, share, t
     assert data == {str(profiles.SHARE): [f"{profiles.FOLDER}/*.yaml"]}
 
 
+SHARDS = "distributed_type: FSDP\nfsdp_config:\n"
+
+
 def profile_of(tmp_path: Path, text: str) -> str:
     file = tmp_path / "mine.yaml"
     file.write_text(text)
@@ -383,6 +536,20 @@ def test_what_accelerate_config_writes_is_taken(tmp_path):
     )
 
     assert read_profile(profile_of(tmp_path, written)) == Profile(num_processes=4)
+
+
+def test_what_accelerate_config_writes_for_fsdp_is_taken(tmp_path):
+    written = (
+        "compute_environment: LOCAL_MACHINE\ndebug: false\ndistributed_type: FSDP\ndowncast_bf16: 'no'\nfsdp_config:\n"
+        "  fsdp_activation_checkpointing: false\n  fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP\n"
+        "  fsdp_cpu_ram_efficient_loading: true\n  fsdp_offload_params: false\n  fsdp_reshard_after_forward: true\n"
+        "  fsdp_state_dict_type: SHARDED_STATE_DICT\n  fsdp_transformer_layer_cls_to_wrap: LlamaDecoderLayer\n"
+        "  fsdp_version: 2\nmixed_precision: 'no'\nnum_machines: 1\nnum_processes: 4\nparallelism_config: {}\n"
+    )
+
+    assert read_profile(profile_of(tmp_path, written)) == Profile(
+        num_processes=4, sharding=Sharding(("LlamaDecoderLayer",))
+    )
 
 
 def test_processes_are_counted_over_all_machines(tmp_path):
@@ -414,8 +581,16 @@ def test_processes_are_counted_over_all_machines(tmp_path):
         ("use_cpu: true\n", "`use_cpu: true` of"),
         ("gpu_ids: 0,1\n", "`gpu_ids: 0,1` of"),
         ("machine_rank: 1\n", "`machine_rank: 1` of"),
-        ("distributed_type: FSDP\n", "`distributed_type: FSDP` of"),
-        ("fsdp_config: {fsdp_version: 2}\n", "`fsdp_config` of the launch profile is not known here"),
+        ("distributed_type: DEEPSPEED\n", "`distributed_type: DEEPSPEED` of"),
+        ("distributed_type: FSDP\n", "`distributed_type: FSDP` needs `fsdp_config`"),
+        ("fsdp_config: {fsdp_version: 2}\n", "`fsdp_config` has no effect without `distributed_type: FSDP`"),
+        (f"{SHARDS}  fsdp_version: 1\n", "`fsdp_version: 1` is not supported"),
+        (f"{SHARDS}  fsdp_version: 2\n  fsdp_offload_params: true\n", "`fsdp_offload_params: true` is not supported"),
+        (
+            f"{SHARDS}  fsdp_version: 2\n  fsdp_min_num_params: 9\n",
+            "`fsdp_min_num_params` of `fsdp_config` is not known",
+        ),
+        (f"{SHARDS}  fsdp_auto_wrap_policy: NO_WRAP\n", "`distributed_type: FSDP` needs `fsdp_config`"),
     ],
 )
 def test_a_profile_that_would_not_be_followed_is_refused_with_its_place(text, said, tmp_path):
@@ -454,7 +629,7 @@ def test_an_unknown_profile_is_exit_2_and_names_those_there_are(lora, recipe):
     done = lora("train", recipe(), "--on", "slrum", code=2)
 
     assert "no launch profile `slrum`" in done.err
-    assert "profiles here: ddp, multinode, single" in done.err
+    assert "profiles here: ddp, fsdp2, fsdp2-multinode, multinode, single" in done.err
 
 
 def test_the_version_needs_no_command(lora):

@@ -5,7 +5,7 @@ import json
 import shutil
 
 import pytest
-from running import adapter_bytes, events, hashes
+from running import adapter_bytes, events, hashes, resumed_after
 from tiny import tiny_base
 
 from lora_cli.train import loop
@@ -22,16 +22,6 @@ SETTINGS = {
     "lora.dropout": 0.1,
     "data.eval": "30%",
 }
-
-
-def resumed_after(step: int, folder, recipe, lora, *arguments) -> None:
-    """Take a finished run back to a checkpoint, as if it had been killed behind it, and resume it."""
-    for checkpoint in (folder / "checkpoints").iterdir():
-        if int(checkpoint.name.removeprefix("step-")) > step:
-            shutil.rmtree(checkpoint)
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        (folder / name).unlink()
-    lora("train", recipe, "--resume", *arguments)
 
 
 @pytest.mark.parametrize(

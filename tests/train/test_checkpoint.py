@@ -24,7 +24,7 @@ from lora_cli.train.checkpoint import (
     save_checkpoint,
     set_damaged_aside,
 )
-from lora_cli.train.optim import make_optimizer
+from lora_cli.train.optim import make_optimizer, optimizer_state
 from lora_cli.train.progress import Progress
 
 SETTINGS = {"lora.r": 4, "training.learning_rate": 1e-2}
@@ -54,8 +54,7 @@ class Run:
             folder,
             Progress(self.step, 10 * self.step, 1.5, 0.25, 1),
             Adapter.of(self.model, self.config),
-            self.optimizer,
-            self.parameters,
+            optimizer_state(self.optimizer, self.parameters),
             settings=SETTINGS,
             transposed=False,
             keep=keep,
@@ -108,8 +107,7 @@ def test_a_run_that_was_never_evaluated_has_strict_json_all_the_same(tmp_path):
         tmp_path,
         Progress(step=1),
         Adapter.of(run.model, run.config),
-        run.optimizer,
-        run.parameters,
+        optimizer_state(run.optimizer, run.parameters),
         settings={},
         transposed=False,
         keep=2,

@@ -6,8 +6,14 @@ from torch import nn
 from transformers import get_scheduler
 
 from lora_cli.recipe.schema import Schedule, Training
-from lora_cli.train.checkpoint import optimizer_state, restore_optimizer
-from lora_cli.train.optim import OPTIMIZERS, make_optimizer, make_schedule, set_learning_rate
+from lora_cli.train.optim import (
+    OPTIMIZERS,
+    make_optimizer,
+    make_schedule,
+    optimizer_state,
+    restore_optimizer,
+    set_learning_rate,
+)
 
 # bitsandbytes says that pages need CUDA; on a CPU its paged optimizers are the plain ones
 pytestmark = pytest.mark.filterwarnings("ignore:.*[Pp]aged.*:UserWarning")

@@ -1,0 +1,146 @@
+"""One process, or several that hold the base whole (DDP) or in shards (FSDP2): the same run, through the command line.
+
+The workers are forked; `tests/cli/test_launch.py` starts some the long way.
+"""
+
+import json
+
+import pytest
+import torch
+from running import events, lora_workers, resumed_after, weights
+from same_run import FIRST_STEP, WHOLE, assert_same_curve, assert_same_gradients, assert_same_run
+from tiny import tiny_base
+from torch.distributed.tensor import DTensor
+
+from lora_cli.train.sharded import sharded_modules
+
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+KINDS = {"ddp": {}, "fsdp2": FSDP2}
+# With 7 rows a step, one process has a row less than the others
+SEVEN = WHOLE | FIRST_STEP | {"training.global_batch_size": 7, "training.micro_batch_size": 2}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("processes", [2, 4])
+def test_several_processes_are_one(kind, processes, lora, recipe, tmp_path):
+    lora("train", recipe(SEVEN), "--out", tmp_path / "one")
+
+    lora_workers(processes, "train", recipe(SEVEN), "--out", tmp_path / "many", **KINDS[kind])
+
+    assert events(tmp_path / "many", "started")[0]["processes"] == processes
+    assert_same_gradients(tmp_path / "many", tmp_path / "one")
+    assert_same_run(tmp_path / "many", tmp_path / "one")
+
+
+def test_under_fsdp_every_parameter_is_in_shards(recipe, tmp_path):
+    def report(rank: int) -> None:
+        from lora_cli.runs import train
+
+        digest = train.frozen_digest
+
+        def looked_at(model):
+            found = {name: p.to_local().numel() for name, p in model.named_parameters() if isinstance(p, DTensor)}
+            every = {name: p.numel() for name, p in model.named_parameters()}
+            (tmp_path / f"{rank}.json").write_text(json.dumps([found, every, len(sharded_modules(model))]))
+            return digest(model)
+
+        train.frozen_digest = looked_at  # called before the first step and after the last
+
+    lora_workers(2, "train", recipe({"training.max_steps": 1}), "--on", "fsdp2", before=report)
+
+    (first, every, apart), (second, *_) = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert len(every) == 21 + 28
+    assert apart == 2 + 1  # each block, and what lies outside of them
+    assert {name: first[name] + second[name] for name in first} == every
+    assert sum(first.values()) == sum(second.values())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"model.dtype": "bfloat16", "training.sample_prompts": ["what"]},
+        {"model.dtype": "bfloat16", "model.quantize": "nf4"},
+        {"model.quantize": "nf4", "lora.use_dora": True},
+        {"lora.init": "pissa", "lora.use_dora": True, "lora.use_rslora": True},
+        {"training.gradient_checkpointing": True, "data.packing": False, "training.sample_prompts": ["what"]},
+    ],
+    ids=["bf16", "nf4", "nf4 dora", "pissa dora", "recomputed"],
+)
+def test_in_shards_or_whole_the_run_is_the_same(settings, recipe, tmp_path):
+    settings = WHOLE | {"training.micro_batch_size": 2} | settings
+    if "model.quantize" in settings:
+        import bitsandbytes  # noqa: F401  once, not in every worker
+    for kind, environment in KINDS.items():
+        lora_workers(2, "train", recipe(settings), "--out", tmp_path / kind, **environment)
+
+    assert_same_run(tmp_path / "fsdp2", tmp_path / "ddp")
+    assert events(tmp_path / "fsdp2", "sampled") == events(tmp_path / "ddp", "sampled")
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "gpt2", "mixtral", "gemma3", "opt"])
+def test_every_architecture_is_sharded_as_it_is(name, lora, recipe, tmp_path):
+    file = recipe(WHOLE | FIRST_STEP, base=tiny_base(tmp_path / "base", name))
+    lora("train", file, "--out", tmp_path / "one")
+
+    lora_workers(2, "train", file, "--out", tmp_path / "two", **FSDP2)
+
+    assert_same_gradients(tmp_path / "two", tmp_path / "one")
+    assert_same_curve(tmp_path / "two", tmp_path / "one")
+
+
+@pytest.mark.parametrize("init", ["default", "pissa"])
+@pytest.mark.parametrize(("first", "then"), [(None, "fsdp2"), ("fsdp2", None), ("ddp", "fsdp2")])
+def test_a_run_is_continued_on_any_number_of_devices(first, then, init, lora, recipe, tmp_path):
+    settings = WHOLE | {"training.save_steps": 2, "training.keep_checkpoints": 9, "lora.init": init}
+    lora("train", recipe(settings), "--out", tmp_path / "straight")
+
+    def train(kind: str | None, *arguments: object) -> None:
+        if kind is None:
+            lora(*arguments)
+        else:
+            lora_workers(2, *arguments, **KINDS[kind])
+
+    train(first, "train", recipe(settings), "--out", tmp_path / "moved")
+    other_number = () if first and then else ("--allow-change", "processes")
+    resumed_after(
+        2,
+        tmp_path / "moved",
+        recipe(settings),
+        lambda *rest: train(then, *rest),
+        *("--out", tmp_path / "moved", *other_number),
+    )
+
+    assert [event["step"] for event in events(tmp_path / "moved", "started")] == [0, 2]
+    expected = weights(tmp_path / "straight")
+    for name, found in weights(tmp_path / "moved").items():
+        assert torch.allclose(found, expected[name], rtol=0, atol=1e-5 * float(expected[name].abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"model.quantize": "int8"}, "`model.quantize: int8` can't be sharded"),
+        ({"training.optimizer": "adamw_8bit"}, "`training.optimizer: adamw_8bit` can't be sharded"),
+    ],
+    ids=["int8", "8bit"],
+)
+def test_what_needs_whole_parameters_is_refused_under_fsdp(settings, said, recipe):
+    for done in lora_workers(2, "train", recipe(settings), code=2, **FSDP2):
+        assert said in done.err
+
+
+def test_blocks_that_the_model_does_not_have_are_an_error_that_names_those_it_has(recipe):
+    wrong = FSDP2 | {"FSDP_TRANSFORMER_CLS_TO_WRAP": "BertLayer"}
+
+    for done in lora_workers(2, "train", recipe(), code=4, **wrong):
+        assert "FSDP finds no transformer blocks in LlamaForCausalLM: it looks for BertLayer\n" in done.err
+        assert "the model has LlamaDecoderLayer" in done.err
+
+
+def test_a_process_by_itself_shards_nothing(lora, recipe, tmp_path, monkeypatch):
+    for name, value in FSDP2.items():
+        monkeypatch.setenv(name, value)
+
+    lora("train", recipe({"training.optimizer": "adamw_8bit"}))
+
+    assert events(tmp_path / "out", "finished")
