@@ -91,7 +91,12 @@ def head_modules(model: "PreTrainedModel") -> list[str]:
 
 
 def new_modules(model: "PreTrainedModel") -> list[str]:
-    """The paths of the modules that a classifier trains whole: its head, and a pooler that started at random."""
+    """The paths of the modules that a classifier trains whole: its head, and a pooler that started at random.
+
+    None of a language model, whose head is its own.
+    """
+    if not type(model).__name__.endswith(SUFFIX):
+        return []
     head = head_modules(model)
     started = (name.rpartition(".")[0] for name, p in model.named_parameters() if p.requires_grad)
     return [*dict.fromkeys(path for path in started if path.partition(".")[0] not in head), *head]

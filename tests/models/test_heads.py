@@ -3,7 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import CONFIGS, ENCODERS, tiny_base, tiny_encoder
+from tiny import CONFIGS, ENCODERS, tiny_base, tiny_encoder, tiny_model
 from torch import nn
 
 from lora_cli.errors import ModelError
@@ -215,3 +215,7 @@ def test_a_kind_of_base_without_a_classifier_is_told(tmp_path):
 def test_every_tiny_encoder_and_some_decoders_are_tested():
     assert {*ENCODERS} <= {*HEADS}
     assert {*DECODERS} <= {*CONFIGS}
+
+
+def test_a_language_model_has_no_module_that_is_new():
+    assert new_modules(tiny_model("llama").requires_grad_(False)) == []
