@@ -29,7 +29,7 @@ output: {out}
     measured = lora("eval", recipe, "--json").json
     merged = lora("merge", "--adapter", out, "--json").json
 
-    before, after = (event["metrics"]["accuracy"] for event in events(out, "evaluated"))
+    before, after = (event["accuracy"] for event in events(out, "evaluated"))
     assert before < 0.6 < 0.8 < after
     assert measured["adapter"]["accuracy"] == pytest.approx(after)
     assert measured["majority"]["accuracy"] < 0.5

@@ -148,15 +148,19 @@ def _use(record: Mapping[str, Any]) -> str:
     """Commands and code name the base in quotes of their own language, so that no name can end them."""
     base = str(get(record, "base", "name") or "BASE")
     r = number(get(record, "settings", "lora.r")) or 8
+    labels = len(get(record, "data", "train", "labels") or ())
+    merge = "lora merge --adapter . --out merged/           # one model, with proof"
     commands = (
         "lora generate --adapter . --prompt 'Hello'     # base and adapter side by side\n"
-        "lora merge --adapter . --out merged/           # one model, with proof\n\n"
+        f"{merge}\n\n"
         f"vllm serve {_shell(base)} --enable-lora --max-lora-rank {max(16, int(r))} --lora-modules adapter=."
     )
-    model = _task(record)[1]
+    if labels:
+        commands = f"lora eval --adapter . --data rows.jsonl        # accuracy and macro-F1\n{merge}"
+    model, head = _task(record)[1], f", num_labels={labels}" if labels else ""
     python = (
         f"from peft import PeftModel\nfrom transformers import {model}, AutoTokenizer\n\n"
-        f'model = PeftModel.from_pretrained({model}.from_pretrained({_quoted(base)}), ".")\n'
+        f'model = PeftModel.from_pretrained({model}.from_pretrained({_quoted(base)}{head}), ".")\n'
         'tokenizer = AutoTokenizer.from_pretrained(".")'
     )
     return f"## Use\n\nIn this folder:\n\n{_fenced('sh', commands)}\n\n{_fenced('python', python)}\n"

@@ -134,7 +134,7 @@ def check_rows(loaded: LoadedRecipe, base: Base, tokenizer: "PreTrainedTokenizer
             log.warning("%s; fix: %s", finding.what, finding.fix)
 
 
-def target_paths(recipe: Recipe, model: "PreTrainedModel", whole: Sequence[str]) -> list[str]:
+def target_paths(recipe: Recipe, model: "PreTrainedModel", whole: Sequence[str] = ()) -> list[str]:
     """The modules that the recipe's targets name in this model. Raises ModelError for a target or pattern without any."""
     lora = recipe.lora
     paths = choose_targets(
@@ -341,7 +341,7 @@ ERRORS: dict[int, type[UserError]] = {
 }
 
 
-def adapter_bytes(recipe: Recipe, model: nn.Module, paths: Sequence[str], whole: Sequence[str]) -> int:
+def adapter_bytes(recipe: Recipe, model: nn.Module, paths: Sequence[str], whole: Sequence[str] = ()) -> int:
     """Of the adapter's file, from the shapes of the modules."""
     shapes = {path: storage_of(module).shape(module) for path in paths if (module := model.get_submodule(path))}
     counted = [Linear(path, in_features, out_features) for path, (out_features, in_features) in shapes.items()]

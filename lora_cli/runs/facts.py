@@ -131,16 +131,24 @@ def _data(record: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("trained on", f"{number(get(record, 'data', 'train_examples')) or 0:,.0f} examples"),
         ("held out", f"{number(get(record, 'data', 'held_out_examples')) or 0:,.0f} examples"),
         ("tokens", f"{count['tokens']:,.0f}"),
-        (
-            "of them trained",
-            f"{count['trained_tokens']:,.0f} ({count['trained_tokens'] / max(1, count['tokens']):.0%})",
-        ),
+        _learned(train, count),
     ]
     facts += [("longest row", f"{longest:,.0f} tokens")] if longest else []
     facts.append(("cut by max_length", f"{count['cut_rows']:,.0f} rows, {count['cut_tokens']:,.0f} tokens"))
     facts += [(f"left out: {reason}", f"{number(rows) or 0:,.0f} rows") for reason, rows in dropped.items()]
     filled = number(get(record, "resolved", "filled"))
     return facts + ([("padding computed", f"{1 - filled:.0%}")] if filled is not None else [])
+
+
+def _learned(train: Mapping[str, Any], count: Mapping[str, float]) -> tuple[str, str]:
+    """The labels of rows that are classified, else the tokens that are trained."""
+    labels = train.get("labels")
+    if isinstance(labels, Mapping) and labels:
+        return "labels", ", ".join(f"{label} {number(rows) or 0:,.0f}" for label, rows in labels.items())
+    return (
+        "of them trained",
+        f"{count['trained_tokens']:,.0f} ({count['trained_tokens'] / max(1, count['tokens']):.0%})",
+    )
 
 
 def _histogram(record: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -176,6 +184,9 @@ def _modules(record: Mapping[str, Any]) -> list[tuple[str, ...]]:
         shape = f"{figures[0]:,.0f} → {figures[1]:,.0f}"
         counts = [f"{figure:,.0f}" for figure in figures[2:]]
         rows.append((str(row.get("module")), shape, *counts, f"{figures[-1] / trainable:.1%}"))
+    for module in mappings(listed(record, "parameters", "whole")):
+        count, shape = number(module.get("parameters")) or 0, "new, whole" if module.get("new") else "whole"
+        rows.append((str(module.get("module")), shape, "", "1", f"{count:,.0f}", f"{count / trainable:.1%}"))
     return rows
 
 

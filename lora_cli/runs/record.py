@@ -114,6 +114,7 @@ def opened(run: Run, resumed: Continuation | None) -> Record:
             "base": run.budget.base,
             "adapter_bytes": run.budget.adapter_bytes,
             "modules": [asdict(row) | {"parameters": row.parameters} for row in run.budget.rows],
+            "whole": [asdict(module) for module in run.budget.whole],
         },
         "settings": {key: _plain(value_of(run.recipe, key)) for key in keys()},
         "origins": dict(run.loaded.origins),
@@ -216,7 +217,7 @@ def _example(run: Run, example: Example) -> Record:
         "row": str(example.row),
         "tokens": len(example.input_ids),
         "texts": token_texts(run.tokenizer, shown),
-        "weights": example.weights[:SHOWN_TOKENS],
+        "weights": example.weights[:SHOWN_TOKENS] if example.label is None else [0.0] * len(shown),
     }
 
 

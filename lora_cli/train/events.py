@@ -93,7 +93,13 @@ class Evaluated(Event):
     tokens: int
     best: bool  # the lowest loss so far
     sources: Mapping[str, float] = field(default_factory=dict)  # the mean loss of each, where there are several
-    metrics: Mapping[str, float] = field(default_factory=dict)  # what the objective measures beside the loss
+    metrics: Mapping[str, float] = field(default_factory=dict)  # what the objective measures instead of the perplexity
+
+    def as_json(self) -> dict:
+        """The metrics stand beside the loss, where the perplexity is of other objectives."""
+        found = super().as_json()
+        metrics = found.pop("metrics", {})
+        return {key: value for key, value in found.items() if not (metrics and key == "perplexity")} | metrics
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,9 @@ def rows_with(rows, train, held_out=()):
 def test_a_healthy_recipe_passes_every_check_and_is_warned_of_few_rows_and_steps(recipe):
     report = check(read_recipe(recipe({"data.eval": "25%"})))
 
-    assert [finding.check for finding in report.findings] == [check.name for check in CHECKS]
+    assert [finding.check for finding in report.findings] == [
+        check.name for check in CHECKS if check.only != "classify"
+    ]
     assert [(finding.check, finding.what, finding.fix) for finding in report.of("warn")] == [
         (
             "steps",
