@@ -81,3 +81,16 @@ def test_the_gpu_agrees_with_the_cpu_in_float32(lora, tmp_path, monkeypatch):
 
     gpu, cpu = ([event["loss"] for event in events(tmp_path / name, "step")] for name in ("out", "cpu"))
     assert gpu == pytest.approx(cpu, rel=1e-4)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True, 2, "mlp"])
+def test_the_memory_of_a_step_is_predicted_within_5_percent(lora, tmp_path, checkpointing):
+    base = tiny_base(tmp_path / "base", "llama")
+    settings = {"model.dtype": "bfloat16", "training.gradient_checkpointing": checkpointing}
+    recipe = write_recipe(tmp_path, base, WIDE | settings)
+
+    lora("train", recipe)
+
+    [memory] = events(tmp_path / "out", "memory")
+    workspaces = 64 * 2**20  # cuBLAS's own, which no formula of the model knows
+    assert memory["measured_bytes"] == pytest.approx(memory["predicted_bytes"], rel=0.05, abs=workspaces)

@@ -62,6 +62,12 @@ def _measured(
     return MeasuredBase(name, source, shape_of_modules(model), tuple(whole))
 
 
+def local_folder(name: str, revision: str | None = None) -> Path | None:
+    """The folder of a base that is on this machine already: its own, or that of the hub's cache."""
+    folder = Path(name).expanduser()
+    return folder if folder.is_dir() else _in_hub_cache(name, revision or "main")
+
+
 def _in_hub_cache(name: str, revision: str) -> Path | None:
     """The cached snapshot of a branch, tag or commit, if its config.json is there."""
     repository = _hub_cache() / f"models--{name.replace('/', '--')}"

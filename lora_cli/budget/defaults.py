@@ -51,6 +51,7 @@ _NO_BIAS = {"attention_bias": False, "mlp_bias": False}
 _QWEN3_MOE = {
     "moe_intermediate_size": 768,
     "num_local_experts": 128,
+    "num_experts_per_tok": 8,
     "decoder_sparse_step": 1,
     "attention_bias": False,
 }
@@ -82,7 +83,7 @@ _POSITIONS = {"max_position_embeddings": 512, "type_vocab_size": 2}
 DEFAULTS: dict[str, Mapping[str, Any]] = {
     "llama": sizes(32000, 4096, 11008, 32, 32, **_NO_BIAS, **_UNTIED),
     "mistral": sizes(32000, 4096, 14336, 32, 32, 8, **_UNTIED),
-    "mixtral": sizes(32000, 4096, 14336, 32, 32, 8, num_local_experts=8, **_UNTIED),
+    "mixtral": sizes(32000, 4096, 14336, 32, 32, 8, num_local_experts=8, num_experts_per_tok=2, **_UNTIED),
     "qwen2": sizes(151936, 4096, 22016, 32, 32, 32, **_UNTIED),
     "qwen3": sizes(151936, 4096, 22016, 32, 32, 32, head_dim=128, attention_bias=False, **_UNTIED),
     "qwen3_moe": sizes(151936, 2048, 6144, 24, 32, 4, **_QWEN3_MOE, **_UNTIED),

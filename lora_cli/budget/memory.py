@@ -41,14 +41,17 @@ def compare(shape: ModelShape, budget: Budget) -> tuple[Method, ...]:
     return (
         Method("full", n, bf16, 0, gradient_bytes=BF16 * n, optimizer_bytes=(FP32 + MOMENTS) * n),
         _adapter("LoRA", bf16, budget),
-        _adapter("QLoRA (nf4)", nf4_bytes(shape), budget),
+        _adapter("QLoRA (nf4)", base_bytes(shape, "nf4"), budget),
     )
 
 
-def nf4_bytes(shape: ModelShape) -> int:
-    """The base with its linear layers in nf4; embeddings, norms, biases, experts and the head stay in bf16."""
-    quantised = sum(linear.weights for linear in shape.linears if linear.path not in shape.head)
-    return round(quantised * NF4_BITS / 8) + BF16 * (shape.parameters - quantised)
+def base_bytes(shape: ModelShape, quantize: str = "none", number: int = BF16) -> int:
+    """The base as stored, `number` bytes for what is not quantised: embeddings, norms, biases, experts and the head."""
+    inside = [linear for linear in shape.linears if linear.path not in shape.head]
+    quantised = 0 if quantize == "none" else sum(linear.weights for linear in inside)
+    bits = {"none": 0, "nf4": NF4_BITS, "int8": 8}[quantize]
+    scales = FP32 * sum(linear.out_features for linear in inside) if quantize == "int8" else 0
+    return round(quantised * bits / 8) + scales + number * (shape.parameters - quantised)
 
 
 def _adapter(name: str, base_bytes: int, budget: Budget) -> Method:

@@ -66,7 +66,7 @@ def shape_of_modules(model: "PreTrainedModel") -> ModelShape:
         seen |= {id(p) for p in module.parameters() if not (tied and p is module.weight)}
     others = sum(count for key, count in frozen.items() if key not in seen)
     head = tuple(path for path in head_paths(model) if path in {linear.path for linear in found})
-    return ModelShape(model.config.model_type, tuple(found), head, others)
+    return ModelShape(model.config.model_type, tuple(found), head, others, model.config.to_dict())
 
 
 def _is_tied(model: "PreTrainedModel", module: nn.Module) -> bool:

@@ -43,7 +43,20 @@ class ModelShape:
     linears: tuple[Linear, ...]
     head: tuple[str, ...]  # paths of output projections, which letters and all-linear leave out
     other_parameters: int
+    config: Config  # under the architecture's own names, complete
     notes: tuple[str, ...] = ()
+
+    @property
+    def hidden(self) -> int:
+        return self.config.get("hidden_size") or self.config["n_embd"]
+
+    @property
+    def blocks(self) -> int:
+        return self.config.get("num_hidden_layers") or self.config["n_layer"]
+
+    @property
+    def vocabulary(self) -> int:
+        return self.config["vocab_size"]
 
     @property
     def parameters(self) -> int:
@@ -75,7 +88,7 @@ def shape_of(config: Config, *, where: str = "") -> ModelShape:
         raise ModelError(Problem("`add_cross_attention` has no parameter formula here", where=where))
     linears, others = ARCHITECTURES[model_type](c)
     head = tuple(linear.path for linear in linears if linear.path == HEAD)
-    return ModelShape(model_type, tuple(linears), head, others, tuple(_notes(c, text is not None, model_type)))
+    return ModelShape(model_type, tuple(linears), head, others, c, tuple(_notes(c, text is not None, model_type)))
 
 
 def _complete(model_type: str, config: Config) -> Config:
@@ -116,7 +129,7 @@ def _is(c: Config, flag: Flag) -> bool:
     return bool(c[flag]) if isinstance(flag, str) else flag
 
 
-def _widths(c: Config) -> tuple[int, int, int]:
+def widths(c: Config) -> tuple[int, int, int]:
     """(head, queries, keys): the width of one head, of all query heads, of all key (or value) heads."""
     heads = c["num_attention_heads"]
     head = c.get("head_dim") or c["hidden_size"] // heads
@@ -143,7 +156,7 @@ def _llama(
     `head_norm` is a q_norm and k_norm of one head's width, `width_norm` of all heads'; `experts` gives the parameters
     of a mixture of experts in a layer, 0 where that layer has an ordinary MLP.
     """
-    hidden, (head, queries, keys) = c["hidden_size"], _widths(c)
+    hidden, (head, queries, keys) = c["hidden_size"], widths(c)
     attention = [
         Linear("self_attn.q_proj", hidden, queries, _is(c, qkv_bias)),
         Linear("self_attn.k_proj", hidden, keys, _is(c, qkv_bias)),
@@ -185,7 +198,7 @@ def _mixture(c: Config, inner: int) -> int:
 
 
 def _stablelm(c: Config) -> Parts:
-    hidden, (_, queries, keys) = c["hidden_size"], _widths(c)
+    hidden, (_, queries, keys) = c["hidden_size"], widths(c)
     bias = c["use_qkv_bias"]
     linears = [
         Linear("self_attn.q_proj", hidden, queries, bias),
@@ -200,7 +213,7 @@ def _stablelm(c: Config) -> Parts:
 
 
 def _phi(c: Config) -> Parts:
-    hidden, (head, queries, keys), inner = c["hidden_size"], _widths(c), c["intermediate_size"]
+    hidden, (head, queries, keys), inner = c["hidden_size"], widths(c), c["intermediate_size"]
     linears = [
         Linear("self_attn.q_proj", hidden, queries, True),
         Linear("self_attn.k_proj", hidden, keys, True),
@@ -215,7 +228,7 @@ def _phi(c: Config) -> Parts:
 
 
 def _phi3(c: Config) -> Parts:
-    hidden, (_, queries, keys), inner = c["hidden_size"], _widths(c), c["intermediate_size"]
+    hidden, (_, queries, keys), inner = c["hidden_size"], widths(c), c["intermediate_size"]
     linears = [
         Linear("self_attn.o_proj", queries, hidden),
         Linear("self_attn.qkv_proj", hidden, queries + 2 * keys),
@@ -299,12 +312,12 @@ def _falcon(c: Config) -> Parts:
         Linear("mlp.dense_h_to_4h", hidden, inner, bias),
         Linear("mlp.dense_4h_to_h", inner, hidden, bias),
     ]
-    norms = _falcon_norms(c) * _layer_norm(hidden)
+    norms = falcon_norms(c) * _layer_norm(hidden)
     linears, others = _stack("transformer.h", [Block(linears, norms)] * c["num_hidden_layers"])
     return [*linears, _head(c, hidden)], others + c["vocab_size"] * hidden + _layer_norm(hidden)
 
 
-def _falcon_norms(c: Config) -> int:
+def falcon_norms(c: Config) -> int:
     if not c["parallel_attn"]:
         return 2
     stated = c.get("num_ln_in_parallel_attn")

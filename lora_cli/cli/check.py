@@ -59,6 +59,7 @@ def _show_figures(figures) -> None:
         *(("", line) for line in _bars(figures.histogram)),
         ("duplicates", _repeats(figures)),
         ("steps", _steps(figures)),
+        *([("memory", _memory(figures.memory))] if figures.memory else []),
     ]
     for name, line in lines:
         show(f"{name:<11} {inert(line)}")
@@ -125,6 +126,14 @@ def _steps(figures) -> str:
         return text
     how = f"packed into rows of {figures.row_length:,} tokens" if figures.row_length else "padded"
     return f"{text}; {how}, forwards are {figures.filled:.0%} full"
+
+
+def _memory(memory) -> str:
+    from lora_cli.cli.console import bytes_text
+    from lora_cli.models.recompute import described, recompute_of
+
+    how = f"{memory.tokens:,} tokens a forward, checkpointing {described(recompute_of(memory.gradient_checkpointing))}"
+    return f"a step needs about {bytes_text(memory.needed)} of {bytes_text(memory.free)} free: {how}"
 
 
 def _verdict(report) -> str:

@@ -9,6 +9,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lora_cli.cli.console import animated, bytes_text, duration, err, inert, note, number, plain_table, show
 from lora_cli.lora.adapter import Adapter
+from lora_cli.models.recompute import described
+from lora_cli.runs.decision import Decision
 from lora_cli.runs.diagnosis import Finding
 from lora_cli.runs.parts import Run
 from lora_cli.runs.report import read_report
@@ -18,6 +20,7 @@ from lora_cli.train.events import (
     Evaluated,
     Event,
     Finished,
+    Memory,
     OutOfMemory,
     Resumed,
     Sampled,
@@ -73,6 +76,9 @@ class Display(AbstractContextManager):
                 note(f"the run has finished already, at step {event.step}, and nothing has changed: nothing to do")
             case Step():
                 self._step(event)
+            case Memory():
+                predicted, found = bytes_text(event.predicted_bytes), bytes_text(event.measured_bytes)
+                note(f"memory of a step: {found}, predicted {predicted}", style="dim")
             case Evaluated():
                 self.evaluations.append(event)
                 note(f"step {event.step:>5}  held-out loss {event.loss:.4f}  {_measured(event)}", style="bold")
@@ -161,6 +167,7 @@ class Display(AbstractContextManager):
         note(
             f"{run.plan.steps:,} steps of {training.global_batch_size} rows on {processes} × {run.accelerator.device.type}, "
             f"{_forward(run.settings.layout)}, {str(run.dtype).removeprefix('torch.')}"
+            f"{_recomputed(run.decision)}"
         )
 
     def _step(self, step: Step) -> None:
@@ -191,6 +198,10 @@ def _measured(event: Evaluated) -> str:
 
 def _named(metric: str) -> str:
     return metric.replace("_", "-").replace("f1", "F1")
+
+
+def _recomputed(decided: Decision) -> str:
+    return f", checkpointing {described(decided.recompute)}" if decided.recompute else ""
 
 
 def _forward(layout: Layout) -> str:

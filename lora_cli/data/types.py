@@ -8,9 +8,10 @@ Labelled text (to be classified); rendering gives an Example (tokens and their w
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 from lora_cli.errors import Problem, RecipeError
 from lora_cli.recipe.document import shown
@@ -181,12 +182,12 @@ class Batch(TypedDict):
     is told.
     """
 
-    input_ids: Tensor  # [batch, time] int64
-    labels: Tensor  # [batch, time] int64, already shifted: labels[t] is the token to predict at t
-    weights: Tensor  # [batch, time] float32
-    positions: NotRequired[Tensor]  # [kept] int64: the places at which any row has a label, for logits of those alone
-    documents: NotRequired[Tensor]  # [batch, time] int64
-    places: NotRequired[Tensor]  # [batch, time] int64
-    sources: NotRequired[Tensor]  # [sources, batch, time] bool: which labels are of which source
-    attention_mask: NotRequired[Tensor]  # [batch, time] int64: 1 for a token, 0 for padding
-    token_type_ids: NotRequired[Tensor]  # [batch, time] int64: the segment of each token
+    input_ids: "Tensor"  # [batch, time] int64
+    labels: "Tensor"  # [batch, time] int64, already shifted: labels[t] is the token to predict at t
+    weights: "Tensor"  # [batch, time] float32
+    positions: NotRequired["Tensor"]  # [kept] int64: the places at which any row has a label, for logits of those alone
+    documents: NotRequired["Tensor"]  # [batch, time] int64
+    places: NotRequired["Tensor"]  # [batch, time] int64
+    sources: NotRequired["Tensor"]  # [sources, batch, time] bool: which labels are of which source
+    attention_mask: NotRequired["Tensor"]  # [batch, time] int64: 1 for a token, 0 for padding
+    token_type_ids: NotRequired["Tensor"]  # [batch, time] int64: the segment of each token

@@ -216,15 +216,6 @@ def head_paths(model: "PreTrainedModel") -> set[str]:
     return {path for path, module in model.named_modules() if module is head}
 
 
-def checkpoint_activations(model: "PreTrainedModel") -> None:
-    """Recompute each block in the backward pass instead of keeping its activations; works over a frozen base."""
-    kwargs = {"use_reentrant": False}
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
-    else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
-
-
 def _auto_class(head: Head | None):
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 

@@ -21,6 +21,7 @@ from lora_cli.recipe.template import parse_template
 NonEmpty = Annotated[str, Field(min_length=1)]
 Positive = Annotated[int, Field(ge=1)]
 Index = Annotated[int, Field(ge=0)]
+EveryKth = Annotated[int, Field(ge=2)]
 PositiveNumber = Annotated[float, Field(gt=0)]
 Several = Annotated[list[NonEmpty], Field(min_length=1)]
 
@@ -342,10 +343,11 @@ class Training(Block):
     max_grad_norm: float = Field(
         1.0, ge=0, description="Gradients of a larger norm are scaled down to it; 0 clips nothing."
     )
-    gradient_checkpointing: Literal["auto"] | bool = Field(
+    gradient_checkpointing: Literal["auto", "mlp"] | bool | EveryKth = Field(
         "auto",
-        description="Compute activations again in the backward pass instead of keeping them: far less memory, about a "
-        "third more time; `auto` turns it on for accelerators and leaves it off on a CPU.",
+        description="Compute activations again in the backward pass instead of keeping them: of every block (`true`: far "
+        "less memory, about a third more time), of their MLPs (`mlp`), or of every k-th block (a number); `auto` takes "
+        "the fastest that fits the free memory.",
     )
     seed: int = Field(
         42, ge=0, le=2**32 - 1, description="Fixes the start of A, the order of rows, dropout and samples."

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 from lora_cli.data.duplicates import exact_duplicates, near_duplicates
 from lora_cli.data.pipeline import DataReport, steps
 from lora_cli.data.types import Example
-from lora_cli.models.load import default_device
+from lora_cli.models.load import default_device, resolve_dtype
+from lora_cli.models.recompute import setting_of
 from lora_cli.recipe.schema import Recipe, labels_of
+from lora_cli.runs.decision import Decision, decision
 from lora_cli.runs.parts import Rows
 from lora_cli.runs.rows import planned
-from lora_cli.train import auto
 from lora_cli.train.layout import Layout, filled
 
 if TYPE_CHECKING:
@@ -44,6 +45,16 @@ class Repeats:
 
 
 @dataclass(frozen=True)
+class Memory:
+    """What a step needs of the bytes that are free, how many tokens a forward, and what is computed again (as in a recipe)."""
+
+    needed: int
+    free: float
+    tokens: int
+    gradient_checkpointing: str | bool | int
+
+
+@dataclass(frozen=True)
 class Figures:
     report: DataReport  # of data.train; with held-out rows where they are a share of it
     max_length: int
@@ -56,12 +67,14 @@ class Figures:
     steps: int
     examples_a_step: int
     row_length: int | None  # of packed rows
+    memory: Memory | None  # of a step on this machine; None where it can't be predicted
     filled: float | None  # share of the forwards' tokens that is no padding; None without a model
 
 
 def figures_of(recipe: Recipe, rows: Rows, model: "PreTrainedModel | None") -> Figures:
     examples = [*rows.train, *rows.held_out]
-    layout = step_layout(recipe, examples, model) if model else None
+    decided = step_decision(recipe, examples, model) if model else None
+    layout = decided.layout if decided else None
     return Figures(
         report=rows.report,
         max_length=recipe.data.max_length,
@@ -74,6 +87,7 @@ def figures_of(recipe: Recipe, rows: Rows, model: "PreTrainedModel | None") -> F
         steps=planned(recipe, rows).steps,
         examples_a_step=recipe.training.global_batch_size,
         row_length=layout.row_length if layout else None,
+        memory=_memory(decided) if decided and decided.planned else None,
         filled=_filled(recipe, rows, layout) if layout else None,
     )
 
@@ -88,16 +102,22 @@ def histogram(lengths: Sequence[int], most: int) -> tuple[Bar, ...]:
     return (*bars, Bar(beyond + 1, None, longer)) if longer else tuple(bars)
 
 
-def step_layout(recipe: Recipe, examples: Sequence[Example], model: "PreTrainedModel") -> Layout:
-    """The layout that training on one device of this machine would take, if the model keeps packed rows apart."""
-    return auto.layout(
-        recipe.training,
-        longest=max(len(example.input_ids) for example in examples),
-        vocabulary=model.config.vocab_size,
-        processes=1,
-        device=default_device(),
-        pack_to=recipe.data.max_length if recipe.data.packing and labels_of(recipe.training) is None else None,
+def step_decision(recipe: Recipe, examples: Sequence[Example], model: "PreTrainedModel") -> Decision:
+    """What training on one device of this machine would take, if the model keeps packed rows apart."""
+    device = default_device()
+    return decision(
+        recipe,
+        examples,
+        model,
+        dtype=resolve_dtype(recipe.model.dtype, device),
+        device=device,
+        packed=recipe.data.packing and labels_of(recipe.training) is None,
     )
+
+
+def _memory(decided: Decision) -> Memory:
+    option = decided.planned
+    return Memory(option.needed, decided.room, option.batch.tokens, setting_of(decided.recompute))
 
 
 def _filled(recipe: Recipe, rows: Rows, layout: Layout) -> float:

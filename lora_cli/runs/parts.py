@@ -15,6 +15,7 @@ from lora_cli.lora.config import LoRAConfig
 from lora_cli.models.base import Base
 from lora_cli.recipe.reader import LoadedRecipe
 from lora_cli.recipe.schema import Recipe
+from lora_cli.runs.decision import Decision
 from lora_cli.runs.folder import RunFolder
 from lora_cli.train.loop import Settings
 
@@ -53,6 +54,7 @@ class Run:
     budget: Budget
     plan: Plan
     settings: Settings
+    decision: Decision
     dtype: torch.dtype
     accelerator: Accelerator
     frozen: str  # digest of the frozen parameters, to prove that training left them alone

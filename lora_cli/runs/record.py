@@ -27,15 +27,16 @@ from lora_cli.durable import can_sync
 from lora_cli.errors import UserError
 from lora_cli.lora.adapter import Adapter
 from lora_cli.models.load import tokenizer_fingerprint
+from lora_cli.models.recompute import setting_of
 from lora_cli.recipe.reader import read_recipe, value_of
 from lora_cli.recipe.schema import keys, share_of, sources_of
 from lora_cli.recipe.secrets import redacted, redacted_command
+from lora_cli.runs.decision import Decision
 from lora_cli.runs.figures import histogram
 from lora_cli.runs.folder import RunFolder, write_json
 from lora_cli.runs.history import History, mean, number
 from lora_cli.runs.parts import Run
 from lora_cli.runs.resume import Continuation, installed
-from lora_cli.train import auto
 from lora_cli.train.layout import filled
 from lora_cli.train.sharded import is_sharded
 
@@ -101,7 +102,8 @@ def opened(run: Run, resumed: Continuation | None) -> Record:
             "processes": run.accelerator.num_processes,
             "sharded": is_sharded(run.model),
             **asdict(run.settings.layout),  # micro_batch_size; row_length where rows are packed
-            "gradient_checkpointing": auto.gradient_checkpointing(run.recipe.training, run.accelerator.device),
+            "gradient_checkpointing": setting_of(run.decision.recompute),
+            "memory": _memory(run.decision),
             "filled": _filled(run),
             "scale": run.config.scale,
             "steps": run.plan.steps,
@@ -160,6 +162,11 @@ def merged(record: Record, merge: Mapping[str, Any]) -> Record:
 
 def write_record(folder: RunFolder, record: Record) -> None:
     write_json(folder.record, record)
+
+
+def _memory(decided: Decision) -> dict | None:
+    """What a step is predicted to need, in bytes; None for a base without a formula."""
+    return {**asdict(decided.planned.memory), "total": decided.planned.memory.total} if decided.planned else None
 
 
 def trained_form(folder: Path) -> PromptForm:

@@ -13,7 +13,7 @@ from lora_cli.models.base import resolve_base
 from lora_cli.models.load import load_tokenizer, skeleton
 from lora_cli.recipe.reader import LoadedRecipe
 from lora_cli.recipe.schema import labels_of
-from lora_cli.runs.figures import step_layout
+from lora_cli.runs.figures import step_decision
 from lora_cli.runs.parts import Rows
 from lora_cli.runs.rows import load_rows, new_head, planned
 from lora_cli.train.layout import forward_rows
@@ -88,7 +88,7 @@ def packed_step(prepared: Prepared, step: int) -> list[list[Example]]:
         raise RecipeError(Problem(f"there is no step {step}", fix=f"the steps are 1 to {plan.steps:,}"))
     base = resolve_base(recipe.model.base, recipe.model.revision, weights=False)
     model = skeleton(base.folder, new_head(recipe.training, prepared.rows.labels))
-    layout = step_layout(recipe, [*train, *prepared.rows.held_out], model)
+    layout = step_decision(recipe, [*train, *prepared.rows.held_out], model).layout
     _, taken = next(steps(train, plan, seed=recipe.training.seed, start=step - 1))
     return forward_rows(taken, layout)
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from accelerate import Accelerator
 from torch import nn
 
 from lora_cli.budget.modules import whole_of, whole_paths
@@ -34,19 +33,16 @@ from lora_cli.lora.targets import fused_notices, names_to_save, shortest_suffixe
 from lora_cli.lora.weights import storage_of
 from lora_cli.models.attention import packs
 from lora_cli.models.base import resolve_base
-from lora_cli.models.load import (
-    checkpoint_activations,
-    default_device,
-    load_model,
-    load_tokenizer,
-    resolve_dtype,
-)
+from lora_cli.models.load import default_device, load_model, load_tokenizer, resolve_dtype
+from lora_cli.models.recompute import checkpoint_activations, setting_of
 from lora_cli.objectives.table import MEASURES, OBJECTIVES
 from lora_cli.recipe.reader import LoadedRecipe, resolved_yaml
 from lora_cli.recipe.schema import Recipe, labels_of, objective_of, seconds_of
 from lora_cli.runs.check import check_rows, target_paths
+from lora_cli.runs.decision import decision
 from lora_cli.runs.folder import RunFolder
 from lora_cli.runs.history import read_history
+from lora_cli.runs.metering import metered
 from lora_cli.runs.parts import Rows, Run
 from lora_cli.runs.proof_rows import write_proof_rows
 from lora_cli.runs.record import Record, closed, opened, write_record
@@ -57,6 +53,7 @@ from lora_cli.runs.start import start_from
 from lora_cli.train import auto
 from lora_cli.train.checkpoint import folder_name, restore, save_checkpoint, set_damaged_aside
 from lora_cli.train.events import Complete, Event, Finished, Interrupted, Resumed, Started
+from lora_cli.train.layout import Layout
 from lora_cli.train.loop import Actions, Measured, Parts, Settings, train
 from lora_cli.train.optim import OptimizerState, make_optimizer, make_schedule, optimizer_state
 from lora_cli.train.parallel import agree, local_rank, make_accelerator, on_first
@@ -72,7 +69,6 @@ from lora_cli.train.watch import GiveUp, Watch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
 
 log = logging.getLogger(__name__)
 
@@ -126,12 +122,23 @@ def prepare(loaded: LoadedRecipe, folder: RunFolder) -> Run:
     inject(model, config, paths, whole=whole, init=INITS[recipe.lora.init], seed=training.seed)
     if recipe.lora.start_from:
         start_from(Path(recipe.lora.start_from), model, config, identity, base.folder, rows.labels)
-    if auto.gradient_checkpointing(training, device):
-        checkpoint_activations(model)
     if sharding:
+        checkpoint_activations(model, auto.gradient_checkpointing(training, device))
         shard(model, sharding, device)
     with disabled(model):  # what is probed is the base
-        settings = _settings(recipe, rows, model, accelerator, device)
+        packed = _packed(recipe, rows, model)
+    decided = decision(
+        recipe,
+        [*rows.train, *rows.held_out],
+        model,
+        dtype=dtype,
+        device=device,
+        packed=packed,
+        sharded=sharding is not None,
+        accelerator=accelerator,
+    )
+    if not sharding:
+        checkpoint_activations(model, decided.recompute)
     return Run(
         loaded=loaded,
         folder=folder,
@@ -144,7 +151,8 @@ def prepare(loaded: LoadedRecipe, folder: RunFolder) -> Run:
         transposed=any(storage_of(module).transposed for module in adapted.values()),
         budget=budget,
         plan=planned(recipe, rows),
-        settings=settings,
+        settings=_settings(recipe, rows, decided.layout),
+        decision=decided,
         dtype=dtype,
         accelerator=accelerator,
         frozen=frozen_digest(model),
@@ -280,8 +288,10 @@ def _events(
         parameters=run.budget.trainable,
         micro_batch_size=(progress.layout or run.settings.layout).micro_batch_size,
         processes=run.accelerator.num_processes,
+        gradient_checkpointing=setting_of(run.decision.recompute),
+        predicted_bytes=run.decision.planned.memory.total if run.decision.planned else None,
     )
-    yield from train(
+    stepping = train(
         parts,
         steps(run.rows.train, run.plan, seed=training.seed, start=progress.step),
         last_step=run.plan.steps,
@@ -289,6 +299,7 @@ def _events(
         progress=progress,
         rehearsal=_rehearsal(run) if auto.rehearses(run.accelerator.device) else None,
     )
+    yield from metered(stepping, run, parts.optimizer, progress)
 
 
 def _rehearsal(run: Run) -> list[Example]:
@@ -344,22 +355,16 @@ def _actions(run: Run, parts: Parts, progress: Progress, settings: Mapping[str, 
     return Actions(evaluate if run.rows.held_out else None, sample if training.sample_prompts else None, save)
 
 
-def _settings(
-    recipe: Recipe, rows: Rows, model: "PreTrainedModel", accelerator: Accelerator, device: torch.device
-) -> Settings:
-    training = recipe.training
-    longest = max(len(example.input_ids) for example in (*rows.train, *rows.held_out))
+def _packed(recipe: Recipe, rows: Rows, model: "PreTrainedModel") -> bool:
     if rows.labels and recipe.data.packing and "packing" in recipe.data.model_fields_set:
         log.info("rows are not packed: each is classified by itself")
+    return recipe.data.packing and not rows.labels and packs(model)
+
+
+def _settings(recipe: Recipe, rows: Rows, layout: Layout) -> Settings:
+    training = recipe.training
     return Settings(
-        layout=auto.layout(
-            training,
-            longest=longest,
-            vocabulary=len(rows.labels) or model.config.vocab_size,
-            processes=accelerator.num_processes,
-            device=device,
-            pack_to=recipe.data.max_length if recipe.data.packing and not rows.labels and packs(model) else None,
-        ),
+        layout=layout,
         seed=training.seed,
         max_grad_norm=training.max_grad_norm,
         eval_steps=training.eval_steps,

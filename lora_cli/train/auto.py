@@ -1,7 +1,8 @@
-"""What a recipe leaves `auto` and the machine decides: one function each; the resolved values are recorded."""
+"""Rules of thumb for what a recipe leaves `auto`, where nothing is trained or the base has no formula to plan with."""
 
 import torch
 
+from lora_cli.models.recompute import Recompute, recompute_of
 from lora_cli.recipe.schema import Training
 from lora_cli.train.layout import Layout
 
@@ -52,11 +53,10 @@ def _tokens_a_forward(vocabulary: int, device: torch.device) -> int:
     return min(tokens, int(free * LOGITS_SHARE) // (BYTES_A_LOGIT * vocabulary))
 
 
-def gradient_checkpointing(settings: Training, device: torch.device) -> bool:
-    """On where memory is scarce, which is on accelerators; a CPU has more memory than time."""
-    if settings.gradient_checkpointing != "auto":
-        return settings.gradient_checkpointing
-    return device.type != "cpu"
+def gradient_checkpointing(settings: Training, device: torch.device) -> Recompute:
+    """Where nothing can be predicted: every block where memory is scarce, which is on accelerators."""
+    asked = recompute_of(settings.gradient_checkpointing)
+    return int(device.type != "cpu") if asked is None else asked
 
 
 def rehearses(device: torch.device) -> bool:

@@ -24,6 +24,17 @@ class Started(Event):
     parameters: int  # trainable
     micro_batch_size: int
     processes: int
+    gradient_checkpointing: str | bool | int  # as a recipe writes it
+    predicted_bytes: int | None  # the peak of a step; None for a base without a formula
+
+
+@dataclass(frozen=True)
+class Memory(Event):
+    """What a step needed at its peak, beside what was predicted for its batches. Measured once a session."""
+
+    step: int
+    predicted_bytes: int
+    measured_bytes: int
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 import pytest
 
 from lora_cli.budget.bases import measure_base
-from lora_cli.budget.memory import NF4_BITS, compare, nf4_bytes
+from lora_cli.budget.memory import NF4_BITS, base_bytes, compare
 from lora_cli.budget.params import adapted_linears, budget_of, largest_r, parse_limit
 from lora_cli.budget.shapes import Linear
 from lora_cli.errors import RecipeError
@@ -119,11 +119,11 @@ def test_full_training_keeps_16_bytes_a_parameter_and_an_adapter_16_of_its_own()
 
     assert full.total_bytes == 16 * shape.parameters
     assert lora.total_bytes == 2 * shape.parameters + 16 * found.trainable
-    assert qlora.total_bytes == nf4_bytes(shape) + 16 * found.trainable
+    assert qlora.total_bytes == base_bytes(shape, "nf4") + 16 * found.trainable
 
 
 def test_nf4_leaves_experts_embeddings_norms_and_head_in_16_bits():
     shape = measure_base("Mixtral-8x7B").shape
     attention = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024)
 
-    assert nf4_bytes(shape) == round(attention * NF4_BITS / 8) + 2 * (shape.parameters - attention)
+    assert base_bytes(shape, "nf4") == round(attention * NF4_BITS / 8) + 2 * (shape.parameters - attention)

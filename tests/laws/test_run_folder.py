@@ -16,7 +16,8 @@ def test_events_carry_the_contracts_keys(lora, recipe, tmp_path):
 
     found = events(tmp_path / "out")
 
-    assert {event["event"] for event in found} == {"started", "step", "evaluated", "sampled", "saved", "finished"}
+    kinds = {"started", "step", "memory", "evaluated", "sampled", "saved", "finished"}
+    assert {event["event"] for event in found} == kinds
     assert [event["step"] for event in found if event["event"] == "step"] == [1, 2, 3, 4]
     assert all(set(event) >= STEP_KEYS for event in found if event["event"] == "step")
     assert found[0]["event"] == "started"

@@ -66,7 +66,7 @@ ROW = {"": 1, "model": 2, "lora": 4, "data": 6, "training": 8}
          "`training.micro_batch_size` must be `auto` or a whole number, not `some`",
          "for example `micro_batch_size: auto`, the default"),
         ("training", "gradient_checkpointing: some", 27,
-         "`training.gradient_checkpointing` must be `auto` or `true` or `false`, not `some`",
+         "`training.gradient_checkpointing` must be one of `auto`, `mlp` or `true` or `false` or a whole number, not `some`",
          "for example `gradient_checkpointing: auto`, the default"),
         ("training", "max_time: 1:30", 13,
          "`training.max_time` must be a time such as `2h`, `90m` or `45s`, not `1:30`", "for example `max_time: 2h`"),

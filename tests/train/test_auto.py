@@ -72,6 +72,7 @@ def test_packed_rows_hold_the_longest_example_and_at_most_what_a_forward_may_hav
 
 
 def test_checkpointing_is_on_where_memory_is_scarce_unless_it_is_said():
-    assert [gradient_checkpointing(Training(), device) for device in (CPU, GPU)] == [False, True]
-    assert gradient_checkpointing(Training(gradient_checkpointing=True), CPU)
-    assert not gradient_checkpointing(Training(gradient_checkpointing=False), GPU)
+    assert [gradient_checkpointing(Training(), device) for device in (CPU, GPU)] == [0, 1]
+    assert gradient_checkpointing(Training(gradient_checkpointing=True), CPU) == 1
+    assert gradient_checkpointing(Training(gradient_checkpointing=False), GPU) == 0
+    assert gradient_checkpointing(Training(gradient_checkpointing="mlp"), GPU) == "mlp"

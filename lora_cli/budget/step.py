@@ -1,0 +1,178 @@
+"""The peak memory of a training step, in bytes, from the shape of the base and of the batch alone.
+
+weights      the frozen base as it is stored                 activations  what blocks keep for their backward pass
+adapter      float32 masters                                 logits       of the trained positions, while the loss is made
+gradients    float32                                         working      what one block needs while it is computed again
+optimizer    the state of each trained parameter                          and passed backwards
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from lora_cli.budget.activations import Adapter, BlockMemory, How, Kept, block_memory, last_norm, stretches
+from lora_cli.budget.memory import FP32, base_bytes
+from lora_cli.budget.params import Budget, budget_of
+from lora_cli.budget.shapes import Linear, ModelShape
+from lora_cli.lora.config import LoRAConfig
+from lora_cli.lora.targets import layer_index
+from lora_cli.models.recompute import MLP, Recompute, is_recomputed
+
+# The loss and its gradient: log-probabilities, their gradient, and the logits' gradient, each in float32
+BYTES_A_LOGIT = 3 * FP32
+GRADIENTS_AT_ONCE = 2
+# Bytes of state a trained parameter: two moments in float32, or in 8 bits with a scale a block of 256
+OPTIMIZER_BYTES = {"adamw": 8.0, "paged_adamw": 8.0, "adamw_8bit": 2.03, "paged_adamw_8bit": 2.03}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is trained and how, whatever the batch."""
+
+    shape: ModelShape
+    adapted: tuple[Linear, ...]
+    config: LoRAConfig
+    how: How
+    quantize: str = "none"
+    optimizer: str = "adamw"
+    full: bool = False  # every weight is trained, as in full fine-tuning; `adapted` are then all linears, with r = 0
+
+    @property
+    def trained(self) -> int:
+        return self.shape.parameters if self.full else self.budget.trainable
+
+    @cached_property
+    def budget(self) -> Budget:
+        return budget_of(self.adapted, self.shape.parameters, self.config)
+
+    @cached_property
+    def blocks(self) -> tuple[BlockMemory, ...]:
+        """In the model's order; a gradient reaches the blocks behind the first adapter."""
+        by_block: dict[int, dict[str, Adapter]] = {}
+        for linear in self.adapted:
+            adapter = Adapter(self.config.at(linear.path).r, linear.in_features, linear.out_features)
+            by_block.setdefault(self._place(linear), {})[_inside(linear.path)] = adapter
+        first = min(by_block)
+        parts = stretches(self.shape.model_type, self.shape.config, self.how)
+        return tuple(
+            block_memory(parts, by_block.get(i, {}), self.how, self.shape.hidden, reached=i > first)
+            for i in range(self.shape.blocks)
+        )
+
+    def _place(self, linear: Linear) -> int:
+        """The number of its block; -1 before the first, and their number behind the last."""
+        index = layer_index(linear.path)
+        behind = self.shape.blocks if linear.path in self.shape.head else -1
+        return behind if index is None else index
+
+    @cached_property
+    def widest(self) -> int:
+        """Features of the widest vector inside a block that a gradient is made of."""
+        c = self.shape.config
+        if experts := c.get("num_experts_per_tok"):
+            return experts * (c["hidden_size"] // 2 + (c.get("moe_intermediate_size") or c["intermediate_size"]))
+        down = next(part for part in reversed(self.shape.linears) if layer_index(part.path) is not None)
+        return max(down.in_features, down.out_features)
+
+    @cached_property
+    def largest_weight(self) -> int:
+        return max(x.in_features * x.out_features for x in self.shape.linears if x.path not in self.shape.head)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One forward: `rows` of `row_length` tokens, and at how many positions of them all there is something to learn."""
+
+    rows: int
+    row_length: int
+    trained: int
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.row_length
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    weights: int
+    adapter: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    working: int
+
+    @property
+    def total(self) -> int:
+        return self.standing + self.activations + self.logits + self.working
+
+    @property
+    def standing(self) -> int:
+        """What is there whatever the batch."""
+        return self.weights + self.adapter + self.gradients + self.optimizer
+
+
+def step_memory(setup: Setup, batch: Batch, recompute: Recompute) -> StepMemory:
+    """The peak: either while the loss is made, or while one of the blocks is passed backwards, whichever is more."""
+    kept = [_kept(block, i, recompute).of(batch.rows, batch.row_length) for i, block in enumerate(setup.blocks)]
+    after = _behind_the_blocks(setup, batch)
+    logits = BYTES_A_LOGIT * setup.shape.vocabulary * batch.trained
+    peak = (sum(kept) + after, logits, 0.0)
+    for i, block in enumerate(setup.blocks):
+        again = _again(block, i, recompute).of(batch.rows, batch.row_length)
+        peak = max(peak, (sum(kept[: i + 1]), 0.0, again + _backward(setup, block, batch)), key=sum)
+    activations, logits, working = map(round, peak)
+    return StepMemory(*_standing(setup), activations, logits, working)
+
+
+def _standing(setup: Setup) -> tuple[int, int, int, int]:
+    """Weights, adapter, gradients, optimizer."""
+    weights, trained = base_bytes(setup.shape, setup.quantize, setup.how.number), setup.trained
+    state, number = OPTIMIZER_BYTES[setup.optimizer], setup.how.number
+    copy = number if number < FP32 else 0
+    if setup.full:  # in 16 bits: gradients as the weights, and float32 masters beside the state
+        return weights, 0, number * trained, round((state + (FP32 if copy else 0)) * trained)
+    return weights, (FP32 + copy) * trained, FP32 * trained, round(state * trained)
+
+
+def kept_bytes(setup: Setup, batch: Batch, recompute: Recompute) -> float:
+    """What blocks and last norm keep of a forward, until the backward pass asks for it."""
+    kept = (_kept(block, i, recompute).of(batch.rows, batch.row_length) for i, block in enumerate(setup.blocks))
+    return sum(kept) + _behind_the_blocks(setup, batch)
+
+
+def _kept(block: BlockMemory, number: int, recompute: Recompute) -> Kept:
+    if recompute == MLP:
+        return block.without_mlp
+    return block.entry if is_recomputed(number, recompute) else block.whole
+
+
+def _again(block: BlockMemory, number: int, recompute: Recompute) -> Kept:
+    """What is there beside what was kept once the block, or its MLP, has been computed again."""
+    return block.whole - _kept(block, number, recompute)
+
+
+def _behind_the_blocks(setup: Setup, batch: Batch) -> float:
+    """The last norm's input, and what a cap on the logits keeps of them."""
+    norm = last_norm(setup.shape.model_type, setup.shape.hidden, setup.how).of(batch.rows, batch.row_length)
+    capped = setup.shape.vocabulary * batch.trained if setup.shape.model_type == "gemma2" else 0
+    return norm + setup.how.number * capped
+
+
+def _backward(setup: Setup, block: BlockMemory, batch: Batch) -> float:
+    """Gradients that stand side by side while the widest part of a block is passed backwards, and a weight unpacked.
+
+    Where attention keeps the probabilities of all pairs, theirs come when what the MLP has kept is free again.
+    """
+    narrow = 2 * setup.how.number * setup.shape.hidden
+    in_mlp = GRADIENTS_AT_ONCE * setup.widest * setup.how.number + narrow
+    pairs = GRADIENTS_AT_ONCE * FP32 * block.probabilities * batch.row_length
+    in_attention = narrow + pairs - (block.whole - block.without_mlp).token
+    unpacked = 0 if setup.quantize == "none" else setup.how.number * setup.largest_weight
+    return batch.tokens * max(in_mlp, in_attention) + unpacked
+
+
+def _inside(path: str) -> str:
+    """The path below the block: `self_attn.q_proj` of `model.layers.3.self_attn.q_proj`."""
+    parts = path.split(".")
+    place = next((i for i, part in enumerate(parts) if part.isdigit()), -1)
+    return ".".join(parts[place + 1 :])
