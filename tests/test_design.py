@@ -15,6 +15,7 @@ from lora_cli.cli.console import bytes_text
 from lora_cli.cli.launch import run_as_workers
 from lora_cli.recipe.reader import read_recipe
 from lora_cli.recipe.schema import keys
+from lora_cli.runs.plan import plan
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "lora_cli"
@@ -108,12 +109,15 @@ def test_every_config_opens_with_its_command_and_its_budget(path):
         )
     )
 
+    planned = plan(read_recipe(path), gpu="H100").ways[0]
+
     assert text.splitlines()[0] == f"# lora train {name_of(path)}"
-    assert [line for line in text.splitlines() if re.match(r"# (trains|adapter|memory) ", line)] == [
+    assert [line for line in text.splitlines() if re.match(r"# (trains|adapter|memory|peak) ", line)] == [
         f"# trains   {budget['trainable']:,} of {budget['total']:,} parameters ({100 * budget['share']:.4f} %)",
         f"# adapter  {bytes_text(budget['adapter_bytes'])} on disk",
         f"# memory   {bytes_text(memory['total_bytes'])} for weights ({weights}), gradients ({gradients}) and optimizer "
-        f"({optimizer}); activations come on top",
+        f"({optimizer})",
+        f"# peak     {bytes_text(planned.least)} at least, the smallest GPU: {planned.smallest.name}; `lora plan` tells what is fastest on a GPU",
     ]
 
 

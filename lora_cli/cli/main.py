@@ -35,6 +35,7 @@ def app() -> typer.Typer:
     from lora_cli.cli.generate import generate
     from lora_cli.cli.merge import merge
     from lora_cli.cli.params import params
+    from lora_cli.cli.plan import plan
     from lora_cli.cli.report import report
     from lora_cli.cli.schema import schema
     from lora_cli.cli.train import train
@@ -60,6 +61,7 @@ def app() -> typer.Typer:
         "unmerge": unmerge,
         "export": export,
         "params": params,
+        "plan": plan,
         "schema": schema,
         "doctor": doctor,
     }.items():
