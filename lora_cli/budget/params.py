@@ -11,7 +11,7 @@ from decimal import Decimal, InvalidOperation
 from lora_cli.budget.shapes import Linear, ModelShape
 from lora_cli.errors import Problem, RecipeError
 from lora_cli.lora.config import LoRAConfig
-from lora_cli.lora.targets import choose_targets, role
+from lora_cli.lora.targets import choose_targets, kind_of
 
 BYTES = 4  # adapters are float32, in memory and on disk
 
@@ -89,21 +89,13 @@ Kind = tuple[str, int, int, int]  # name, in, out, r
 
 
 def _kind(linear: Linear, config: LoRAConfig) -> Kind:
-    return _name(linear.path), linear.in_features, linear.out_features, config.at(linear.path).r
+    return kind_of(linear.path), linear.in_features, linear.out_features, config.at(linear.path).r
 
 
 def _each(kind: Kind, config: LoRAConfig) -> int:
     _, in_features, out_features, r = kind
     magnitude = out_features if config.use_dora else 0
     return r * (in_features + out_features) + magnitude
-
-
-def _name(path: str) -> str:
-    """`q_proj` where the name alone says what the module is, else with its parents: `attn.c_proj`, `output.dense`."""
-    last = path.rsplit(".", 1)[-1]
-    parts = path.split(".")
-    start = next((i + 1 for i, part in enumerate(parts) if part.isdigit()), 0)
-    return last if role(last) else ".".join(parts[start:])
 
 
 def adapted_linears(

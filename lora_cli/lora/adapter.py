@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from lora_cli.errors import DivergedError, ModelError, Problem
 from lora_cli.lora.base_files import Fingerprint
 from lora_cli.lora.config import LoRAConfig
-from lora_cli.lora.inject import inject, linears, lora_layers
+from lora_cli.lora.identity import TokenizerFingerprint
+from lora_cli.lora.inject import linears, lora_layers, wrap
 from lora_cli.lora.layer import merged_weight
 from lora_cli.lora.shards import whole
 from lora_cli.lora.weights import storage_of
@@ -39,6 +40,11 @@ class Factors:
         """[out, in] float32: the weight that acts like W with this update beside it."""
         return merged_weight(W, self.A, self.B, scale, self.magnitude)
 
+    def act(self) -> bool:
+        """Whether B A is more than what its float32 factors round off."""
+        A, B = self.A.double(), self.B.double()
+        return self.norm() > torch.finfo(torch.float32).eps * float(B.norm() * A.norm())
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -46,6 +52,8 @@ class Adapter:
 
     `extras` holds the parameters of the modules that are trained whole, by the module's path; `labels` are those of a
     classifier, in the order of its head's outputs.
+    `base` and `tokenizer` say what it was trained on, where that is known; `origin` what it was made from, where it was
+    not trained but made from other adapters or models.
     """
 
     config: LoRAConfig
@@ -53,10 +61,17 @@ class Adapter:
     base: Fingerprint | None = None
     extras: Mapping[str, State] = field(default_factory=dict)
     labels: tuple[str, ...] = ()
+    tokenizer: TokenizerFingerprint | None = None
+    origin: Mapping[str, object] | None = None
 
     @classmethod
     def of(
-        cls, model: nn.Module, config: LoRAConfig, base: Fingerprint | None = None, labels: Sequence[str] = ()
+        cls,
+        model: nn.Module,
+        config: LoRAConfig,
+        base: Fingerprint | None = None,
+        labels: Sequence[str] = (),
+        tokenizer: TokenizerFingerprint | None = None,
     ) -> "Adapter":
         """A copy of what the model has learned, as a plain adapter of its unchanged base.
 
@@ -67,7 +82,7 @@ class Adapter:
         layers = {path: _factors(layer) for path, layer in found.items()}
         started = any(layer.start_A is not None for layer in found.values())
         extras = {path: module.state() for path, module in whole_modules(model).items()}
-        return cls(config.with_rank_times(2) if started else config, layers, base, extras, tuple(labels))
+        return cls(config.with_rank_times(2) if started else config, layers, base, extras, tuple(labels), tokenizer)
 
     @property
     def parameters(self) -> int:
@@ -80,7 +95,7 @@ class Adapter:
     def inject_into(self, model: nn.Module) -> None:
         """Put this adapter's layers into a model that has none. Raises ModelError for modules that don't fit."""
         self.check_fits(model)
-        inject(model, replace(self.config, lora_dropout=0.0), list(self.layers), whole=list(self.extras))
+        wrap(model, replace(self.config, lora_dropout=0.0), list(self.layers), whole=list(self.extras))
         with torch.no_grad():
             for path, layer in lora_layers(model).items():
                 factors = self.layers[path]
@@ -118,20 +133,21 @@ class Adapter:
                 )
             )
 
-    def check_alive(self) -> None:
+    def check_alive(self, where: str = "") -> None:
         """Raise DivergedError when a value is not finite, or when B A is zero in every layer: LoRA changes nothing.
 
         A start that was taken off again (PiSSA, OLoRA) counts for nothing. Of DoRA only finiteness can be known: with
         B A zero its magnitude may still have moved away from the base's row norms, which the adapter does not hold.
         """
-        self.check_finite()
-        if self.config.use_dora or any(_acts(factors) for factors in self.layers.values()):
+        self.check_finite(where)
+        if self.config.use_dora or any(factors.act() for factors in self.layers.values()):
             return
         zero = "lora_B · lora_A" if any(f.B.any() for f in self.layers.values()) else "lora_B"
         alone = f" beside the modules trained whole ({', '.join(self.extras)})" if self.extras else ""
         raise DivergedError(
             Problem(
                 f"the adapter does nothing{alone}: every {zero} is zero",
+                where=where,
                 fix="check that the run trained for a step and that its learning rate is above 0",
             )
         )
@@ -154,6 +170,8 @@ class Adapter:
         return differences
 
     def check_fits(self, model: nn.Module) -> None:
+        """Raise ModelError for modules that the model lacks or has in another shape, and for an adapter that lacks some
+        of the modules that its own config names: a part of its file is not there."""
         found = linears(model)
         problems = []
         for path, factors in self.layers.items():
@@ -174,6 +192,7 @@ class Adapter:
                     )
                 )
         problems += self.misfits_of_extras(dict(model.named_modules()))
+        problems = problems or self._missing_layers(found)
         if problems:
             raise ModelError(
                 *problems[:3], *([Problem(f"… and {len(problems) - 3} layers more")] if len(problems) > 3 else [])
@@ -198,6 +217,21 @@ class Adapter:
         for path, state in self.extras.items():
             yield from ((path, tensor) for tensor in state.values())
 
+    def _missing_layers(self, linears: Mapping[str, nn.Module]) -> list[Problem]:
+        targets = self.config.target_modules
+        lora = [path for path in linears if not f"{path}.".startswith(tuple(f"{whole}." for whole in self.extras))]
+        named = [path for path in lora if any(f".{path}".endswith(f".{target}") for target in targets)]
+        missing = [path for path in named if path not in self.layers]
+        if not missing:
+            return []
+        return [
+            Problem(
+                f"the adapter is not whole: its config names {len(named)} modules of this base, and {len(missing)} of "
+                f"them have no factors, first {missing[0]}",
+                fix="copy or train the adapter again",
+            )
+        ]
+
 
 def _factors(layer: nn.Module) -> Factors:
     A, B = layer.factors()
@@ -207,12 +241,6 @@ def _factors(layer: nn.Module) -> Factors:
 
 def _copy(tensor: Tensor) -> Tensor:
     return whole(tensor.detach()).to("cpu", torch.float32, copy=True)
-
-
-def _acts(factors: Factors) -> bool:
-    """Whether B A is more than what its float32 factors round off."""
-    A, B = factors.A.double(), factors.B.double()
-    return factors.norm() > torch.finfo(torch.float32).eps * float(B.norm() * A.norm())
 
 
 def _listed(shapes: Mapping[str, list[int]]) -> str:

@@ -44,6 +44,22 @@ def inject(
 
     Each layer's start is a function of (seed, path) alone: the same on every process and for any choice of targets.
     """
+    layers = wrap(model, config, paths, whole=whole)
+    for path in paths:
+        try:
+            init(layers[path], generator_for(seed, path))
+        except ValueError as error:
+            raise RecipeError(
+                Problem(f"`lora.init` can't start {path}: {error}", fix="lower `lora.r`, or use `lora.init: default`")
+            ) from error
+    _warn_of_ranks(config, layers)
+    return layers
+
+
+def wrap(
+    model: nn.Module, config: LoRAConfig, paths: Sequence[str], *, whole: Sequence[str] = ()
+) -> dict[str, LoRALinear]:
+    """Freeze the model and wrap the modules at `paths` in layers that do nothing yet: A and B are zero."""
     model.requires_grad_(False)
     keep_unpacked(model)
     wrap_whole(model, whole)
@@ -53,18 +69,15 @@ def inject(
         if storage is None:
             raise ModelError(_not_linear(path, base))
         layer = LAYERS[storage.class_name](base, config.at(path))
-        try:
-            init(layer, generator_for(seed, path))
-        except ValueError as error:
-            raise RecipeError(
-                Problem(f"`lora.init` can't start {path}: {error}", fix="lower `lora.r`, or use `lora.init: default`")
-            ) from error
         layer.train(base.training)
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, layer)
-    layers = lora_layers(model)
-    _warn_of_ranks(config, layers)
-    return layers
+        _put(model, path, layer)
+    return lora_layers(model)
+
+
+def remove(model: nn.Module) -> None:
+    """Take out again all that an adapter put in: the model is the base it was, its weights the very same tensors."""
+    for path, layer in {**lora_layers(model), **whole_modules(model)}.items():
+        _put(model, path, layer.base)
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
@@ -105,6 +118,11 @@ def derived_seed(seed: int, *names: object) -> int:
     """A 63-bit seed, hashed from `seed` and `names`: streams for different names don't overlap."""
     digest = hashlib.sha256(repr((seed, *names)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
+
+
+def _put(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)
 
 
 def _warn_of_ranks(config: LoRAConfig, layers: dict[str, LoRALinear]) -> None:

@@ -1,12 +1,15 @@
 """PEFT's two files, both ways: adapter_config.json and adapter_model.safetensors.
 
 Written so that PEFT, vLLM, llama.cpp and others load the folder as it is: classic keys only, float32, whole-number
-alphas as integers, target_modules as a sorted list. Read strictly: a key or a setting that would be ignored is an error.
+alphas as integers, target_modules as a sorted list. Read strictly: a key or a setting that would be ignored is an error,
+and names that a wrapper has bent are put right with a notice.
 """
 
 import json
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,6 +22,9 @@ from lora_cli.limits import read_json
 from lora_cli.lora.adapter import Adapter, Factors
 from lora_cli.lora.base_files import PICKLES, Fingerprint, read_header, read_metadata
 from lora_cli.lora.config import SEQ_CLS, LoRAConfig
+from lora_cli.lora.identity import TokenizerFingerprint
+
+log = logging.getLogger(__name__)
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -27,6 +33,8 @@ SHOWN_CHARACTERS = 80  # of a foreign value in a message
 FINGERPRINT = "lora.base_fingerprint"
 LABELS = "lora.labels"
 MOST_LABELS = 100_000
+TOKENIZER = "lora.tokenizer_fingerprint"
+ORIGIN = "lora.origin"
 PREFIX = "base_model.model."
 LARGEST_CONFIG_BYTES = 1_000_000
 LARGEST_HEADER_BYTES = 1_000_000  # 126 blocks with 7 targets of 3 tensors each have 0.4 MB
@@ -48,6 +56,11 @@ NOT_READ: Mapping[str, tuple] = {
     "velora_config": (None,),
     "monteclora_config": (None,),
 }
+
+# With these, or a pattern as `target_modules`, names alone don't say which modules are meant: the file's own do.
+CHOOSES_OTHERWISE = ("exclude_modules", "layers_to_transform")
+# What wrappers put into the names of a module's tensors, wherever they stand
+WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
 
 def _is_rank(value: object) -> bool:
@@ -115,8 +128,13 @@ def save_adapter(adapter: Adapter, folder: Path, *, transposed: bool = False) ->
 
 def adapter_files(adapter: Adapter, *, transposed: bool = False) -> dict[str, bytes]:
     """The two files by name. `transposed` tells PEFT that the base's weights are [in, out] (GPT-2's Conv1D)."""
-    metadata = {"format": "pt"} | ({FINGERPRINT: adapter.base.to_json()} if adapter.base else {})
-    metadata |= {LABELS: json.dumps(adapter.labels)} if adapter.labels else {}
+    known = {
+        FINGERPRINT: adapter.base and adapter.base.to_json(),
+        LABELS: adapter.labels and json.dumps(adapter.labels),
+        TOKENIZER: adapter.tokenizer and adapter.tokenizer.to_json(),
+        ORIGIN: adapter.origin and json.dumps(adapter.origin, sort_keys=True),
+    }
+    metadata = {"format": "pt"} | {key: text for key, text in known.items() if text}
     return {
         CONFIG: (json.dumps(to_peft(adapter.config, transposed), indent=2) + "\n").encode(),
         WEIGHTS: _in_order(save(to_tensors(adapter), metadata)),
@@ -124,12 +142,13 @@ def adapter_files(adapter: Adapter, *, transposed: bool = False) -> dict[str, by
 
 
 def load_adapter(folder: Path) -> Adapter:
-    """Read an adapter that `lora` or PEFT wrote.
+    """Read an adapter that `lora` or PEFT wrote; keys that torch.compile, DDP or a bare state_dict bent are put right.
 
     Raises ModelError for damage or surplus, SafetyError for a pickle and for sizes that no adapter has, DivergedError
     for values that are not finite.
     """
-    config = from_peft(_read_config(folder), where=folder / CONFIG)
+    found = _read_config(folder)
+    config = from_peft(found, where=folder / CONFIG)
     file = folder / WEIGHTS
     if not file.is_file():
         raise _no_weights(folder)
@@ -146,11 +165,22 @@ def load_adapter(folder: Path) -> Adapter:
         tensors = load_file(file)
     except (SafetensorError, OSError) as error:
         raise ModelError(Problem(f"it is damaged: {error}", where=str(file), fix="copy or train it again")) from error
+    tensors = _repaired(tensors, where=file)
     extras = _extras(tensors, config.modules_to_save)
     whole = {f"{PREFIX}{path}.{name}" for path, state in extras.items() for name in state}
     layers = _layers({name: t for name, t in tensors.items() if name not in whole}, config, where=file)
-    adapter = Adapter(config, layers, _fingerprint(file), extras, _labels(file, config, extras))
+    if any(found.get(key) for key in CHOOSES_OTHERWISE) or isinstance(found.get("target_modules"), str):
+        config = replace(config, target_modules=tuple(layers))
+    base, tokenizer, origin = _identity(file)
+    adapter = Adapter(config, layers, base, extras, _labels(file, config, extras), tokenizer, origin)
     adapter.check_finite(where=str(file))
+    return adapter
+
+
+def load_alive(folder: Path) -> Adapter:
+    """As `load_adapter`; raises DivergedError for an adapter that does nothing, too."""
+    adapter = load_adapter(folder)
+    adapter.check_alive(where=str(folder))
     return adapter
 
 
@@ -253,14 +283,48 @@ def _in_order(content: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text.encode() + content[end:]
 
 
-def _fingerprint(file: Path) -> Fingerprint | None:
-    text = read_metadata(file).get(FINGERPRINT)
+def _repaired(tensors: Mapping[str, Tensor], where: Path) -> dict[str, Tensor]:
+    """The tensors under PEFT's names. Raises ModelError where two would get the same."""
+    names = {name: _plain_name(name) for name in tensors}
+    bent = [name for name, plain in names.items() if name != plain]
+    if len(set(names.values())) < len(names):
+        raise ModelError(
+            Problem(
+                f"several tensors stand for one factor, such as {bent[0]!r}",
+                where=str(where),
+                fix="save it again with PEFT's `save_pretrained`",
+            )
+        )
+    if bent:
+        log.warning("%s: %d names put right, such as %s -> %s", where, len(bent), bent[0], names[bent[0]])
+    return {plain: tensors[name] for name, plain in names.items()}
+
+
+def _plain_name(name: str) -> str:
+    """`module.model.layers.0._orig_mod.q_proj.lora_A.default.weight` -> PEFT's own name of it."""
+    for wrapper in WRAPPERS:
+        name = name.replace(wrapper, "")
+    name = PREFIX + name.removeprefix("module.").removeprefix(PREFIX)
+    return re.sub(r"\.(lora_[AB]|lora_magnitude_vector)\.default(?=\.weight$|$)", r".\1", name)
+
+
+def _identity(file: Path) -> tuple[Fingerprint | None, TokenizerFingerprint | None, dict | None]:
+    """What the file says of the base, the tokenizer and where the adapter comes from."""
+    metadata = read_metadata(file)
+    readers = {FINGERPRINT: Fingerprint.from_json, TOKENIZER: TokenizerFingerprint.from_json, ORIGIN: _mapping}
     try:
-        return Fingerprint.from_json(text) if text else None
+        return tuple(read(metadata[key]) if metadata.get(key) else None for key, read in readers.items())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(
             Problem("the fingerprint of its base can't be read", where=str(file), fix="copy or train it again")
         ) from error
+
+
+def _mapping(text: str) -> dict:
+    found = json.loads(text)
+    if not isinstance(found, dict):
+        raise TypeError(f"a {type(found).__name__} is no JSON object")
+    return found
 
 
 def _extras(tensors: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, dict[str, Tensor]]:

@@ -40,6 +40,13 @@ def role(path: str) -> str:
     return next((letters for pattern, letters in ROLES if matches(pattern, path)), "")
 
 
+def kind_of(path: str) -> str:
+    """`q_proj` where the name alone says what the module is, else with its parents: `attn.c_proj`, `output.dense`."""
+    parts = path.split(".")
+    start = next((i + 1 for i, part in enumerate(parts) if part.isdigit()), 0)
+    return parts[-1] if role(parts[-1]) else ".".join(parts[start:])
+
+
 def is_letters(targets: str | Sequence[str]) -> bool:
     return isinstance(targets, str) and bool(targets) and set(targets) <= set(LETTERS)
 

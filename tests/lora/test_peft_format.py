@@ -254,8 +254,6 @@ def test_a_rank_that_is_not_the_configs_is_told(saved, part):
     [
         "base_model.model.proj.base_layer.weight",
         "base_model.model._orig_mod.proj.lora_C.weight",
-        "module.proj.lora_A.weight",
-        "proj.lora_A.weight",
         "base_model.model.embed.lora_embedding_A",
     ],
 )

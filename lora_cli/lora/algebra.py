@@ -1,0 +1,299 @@
+"""Adapters as values: add and scale them exactly, combine them by TIES, DARE or pruning, cut them to a rank.
+
+    Σ wᵢ ΔWᵢ = [w₁s₁B₁  w₂s₂B₂ …] [A₁; A₂; …]        exact, of rank r₁ + r₂ + …
+
+Nothing is assumed of the adapters but one base: ranks, alphas, scales, rsLoRA, targets and patterns may all differ. What
+comes out is a plain adapter of scale 1, each module with a rank of its own where they differ.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Generator, Tensor
+
+from lora_cli.errors import ModelError, Problem, RecipeError
+from lora_cli.lora import sparse
+from lora_cli.lora.adapter import Adapter, Factors
+from lora_cli.lora.base_files import Fingerprint
+from lora_cli.lora.config import LoRAConfig
+from lora_cli.lora.inject import generator_for
+from lora_cli.lora.svd import SVD, distance, of_dense, of_factors
+from lora_cli.lora.targets import shortest_suffixes
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How near one module's result is to what was asked for: `norm` is ‖exact‖, `error` ‖result − exact‖ / ‖exact‖."""
+
+    norm: float
+    error: float = 0.0
+
+
+Fits = Mapping[str, Fit]  # by module
+PLAIN = "make it plain: `lora merge` it, then `lora extract --base M --tuned merged/ --r N`"
+
+
+@dataclass(frozen=True)
+class Term:
+    """An adapter and how much of it; `name` is what a message calls it."""
+
+    adapter: Adapter
+    weight: float = 1.0
+    name: str = "the adapter"
+
+
+Combine = Callable[[Sequence[Tensor], Sequence[float], float, Generator], Tensor]
+"""(dense updates, weights, density, generator) -> their combination"""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to combine adapters. Those that act on dense updates have a `combine`, and keep `density` of the entries."""
+
+    combine: Combine | None = None
+    density: float | None = None
+
+
+METHODS: Mapping[str, Method] = {
+    "linear": Method(),  # the exact sum, of all the ranks together
+    "svd": Method(),  # the sum cut to the largest rank of one adapter
+    "ties": Method(sparse.ties, density=0.2),
+    "dare": Method(sparse.dare, density=0.5),
+    "magnitude": Method(sparse.magnitude, density=0.5),
+}
+
+
+@dataclass(frozen=True)
+class How:
+    """A row of METHODS, the largest rank of the result (None: what the method does by itself), and what else it takes."""
+
+    method: str = "linear"
+    r: int | None = None
+    density: float | None = None
+    seed: int = 0
+
+    @property
+    def kept(self) -> float | None:
+        """The share of entries that stay; None where all do."""
+        return self.density or METHODS[self.method].density
+
+
+def compose(
+    terms: Sequence[Term], how: How | None = None, *, each: Callable[[str], None] = lambda path: None
+) -> tuple[Adapter, Fits]:
+    """The combination, and how far each module is from what the method asks for, for want of rank.
+
+    `each` is told every module's path as its turn comes. Raises ModelError for DoRA layers that can't be added.
+    """
+    how = how or How()
+    _refuse_other_tasks(terms)
+    _refuse_extras(terms)
+    if any(term.adapter.config.use_dora for term in terms):
+        adapter = _side_by_side(terms, how)
+        return adapter, {path: Fit(of_factors(factors, 1.0).norm) for path, factors in adapter.layers.items()}
+    counted = [term for term in terms if term.weight]
+    layers, fits = {}, {}
+    for path in dict.fromkeys(path for term in counted for path in term.adapter.layers):
+        each(path)
+        here = [term for term in counted if path in term.adapter.layers]
+        combined = _dense if METHODS[how.method].combine else _exact
+        layers[path], fits[path] = combined(here, path, how)
+    return _of_layers(terms, layers, _targets(counted)), fits
+
+
+def weighted_sum(terms: Sequence[Term], path: str) -> Factors:
+    """Σ wᵢ ΔWᵢ at one module, for a scale of 1: the factors stand beside each other."""
+    A = [term.adapter.layers[path].A for term in terms]
+    B = [term.weight * term.adapter.config.at(path).scale * term.adapter.layers[path].B.double() for term in terms]
+    return Factors(torch.cat(A), torch.cat(B, dim=1).float())
+
+
+def spectra(adapter: Adapter) -> dict[str, SVD]:
+    """The singular value decomposition of every module's update. Raises ModelError for DoRA."""
+    refuse_dora(adapter)
+    return {path: of_factors(factors, adapter.config.at(path).scale) for path, factors in adapter.layers.items()}
+
+
+def truncate(adapter: Adapter, ranks: Mapping[str, int], found: Mapping[str, SVD]) -> tuple[Adapter, Fits]:
+    """The best update of each module with the rank that `ranks` allows it; `found` are the adapter's spectra.
+
+    A module whose rank is not above what it is allowed stays as it is.
+    """
+    layers, fits = {}, {}
+    for path, factors in adapter.layers.items():
+        whole = found[path]
+        keep = ranks[path] >= len(factors.A)
+        layers[path] = weighted_sum([Term(adapter)], path) if keep else whole.factors(ranks[path])
+        fits[path] = Fit(whole.norm, 0.0 if keep else whole.error(ranks[path]))
+    kept = {path: len(factors.A) for path, factors in layers.items()}
+    config = plain_config(kept, like=adapter.config, targets=adapter.config.target_modules)
+    return replace(adapter, config=config, layers=layers), fits
+
+
+def plain_config(ranks: Mapping[str, int], *, like: LoRAConfig, targets: Sequence[str]) -> LoRAConfig:
+    """A config of scale 1 for modules of these ranks: the commonest is `r`, the others are patterns."""
+    counts = Counter(ranks.values())
+    r = max(counts, key=lambda rank: (counts[rank], rank), default=1)
+    pattern: dict[str, int] = {}
+    for rank in counts:
+        chosen = [path for path in ranks if ranks[path] == rank]
+        if rank != r:
+            pattern |= dict.fromkeys(shortest_suffixes(chosen, ranks), rank)
+    # Of two patterns that match, the first wins: the longer is the more exact
+    pattern = dict(sorted(pattern.items(), key=lambda item: (-item[0].count("."), item[0])))
+    return replace(
+        like,
+        r=r,
+        lora_alpha=r,
+        lora_dropout=0.0,
+        use_rslora=False,
+        target_modules=tuple(sorted(targets)),
+        rank_pattern=pattern,
+        alpha_pattern={name: float(rank) for name, rank in pattern.items()},
+    )
+
+
+def refuse_dora(adapter: Adapter, name: str = "the adapter") -> None:
+    """Raise ModelError for an update that is not its factors alone."""
+    if adapter.config.use_dora:
+        raise ModelError(
+            Problem(
+                f"{name} is a DoRA: it scales every row of the base by m / ‖W + ΔW‖, which is no low-rank update",
+                fix=PLAIN,
+            )
+        )
+
+
+def _exact(terms: Sequence[Term], path: str, how: How) -> tuple[Factors, Fit]:
+    """The sum itself; cut where a rank is asked for, or where all the ranks together are more than the weight is wide."""
+    factors = weighted_sum(terms, path)
+    most = min(factors.A.shape[1], factors.B.shape[0])
+    if how.r or how.method == "svd":
+        most = min(most, how.r or max(len(term.adapter.layers[path].A) for term in terms))
+    found = of_factors(factors, 1.0)
+    if len(factors.A) <= most:
+        return factors, Fit(found.norm)
+    return found.factors(most), Fit(found.norm, found.error(most))
+
+
+def _dense(terms: Sequence[Term], path: str, how: How) -> tuple[Factors, Fit]:
+    """Combined entry by entry, and cut to the rank asked for, or to all the ranks together."""
+    layers = [(term.adapter.layers[path], term.adapter.config.at(path).scale) for term in terms]
+    updates = [scale * factors.B @ factors.A for factors, scale in layers]
+    generator = generator_for(how.seed, path)
+    combined = METHODS[how.method].combine(updates, [term.weight for term in terms], how.kept, generator)
+    r = min(how.r or sum(len(factors.A) for factors, _ in layers), *combined.shape)
+    factors = of_dense(combined, r, generator).factors(r)
+    norm = float(combined.norm())
+    return factors, Fit(norm, distance(combined, factors) / norm if norm else 0.0)
+
+
+def _side_by_side(terms: Sequence[Term], how: How) -> Adapter:
+    """DoRA adapters with no module in common, each as it is: the one sum of them that is exact."""
+    _refuse_dora_sum(terms, how)
+    layers = {
+        path: replace(factors, B=term.adapter.config.at(path).scale * factors.B)
+        for term in terms
+        for path, factors in term.adapter.layers.items()
+    }
+    return _of_layers(terms, layers, _targets(terms))
+
+
+def _of_layers(terms: Sequence[Term], layers: Mapping[str, Factors], targets: Sequence[str]) -> Adapter:
+    """The result, with what the one adapter that trains modules whole has of them."""
+    ranks = {path: len(factors.A) for path, factors in layers.items()}
+    config = plain_config(ranks, like=_like(terms), targets=targets)
+    holder = next((term.adapter for term in terms if term.adapter.extras), None)
+    if holder is None:
+        return Adapter(config, layers, _base(terms))
+    config = replace(config, modules_to_save=holder.config.modules_to_save)
+    return Adapter(config, layers, _base(terms), holder.extras, holder.labels)
+
+
+def _refuse_extras(terms: Sequence[Term]) -> None:
+    """Modules trained whole are no updates: they can't be added, nor weighted."""
+    holders = [term for term in terms if term.adapter.extras]
+    if len(holders) > 1:
+        names = " and ".join(term.name for term in holders)
+        what = f"{names} each have modules that are trained whole ({', '.join(holders[0].adapter.extras)})"
+    elif holders and holders[0].weight != 1:
+        what = f"{holders[0].name} has modules that are trained whole ({', '.join(holders[0].adapter.extras)})"
+    else:
+        return
+    fix = "compose at most one such adapter, with a weight of 1: whole modules can't be added or weighted"
+    raise ModelError(Problem(what, fix=fix))
+
+
+def _refuse_dora_sum(terms: Sequence[Term], how: How) -> None:
+    counts = Counter(path for term in terms for path in term.adapter.layers)
+    shared = next((path for path, count in counts.items() if count > 1), None)
+    if not all(term.adapter.config.use_dora for term in terms):
+        reason = "only some of the adapters are DoRA, and a DoRA layer needs the row norms of the base"
+    elif shared:
+        reason = (
+            f"DoRA adapters can't be added on a module that both change ({shared}): each scales its rows by its own m"
+        )
+    elif how.r or how.method != "linear":
+        reason = "DoRA adapters can only stand side by side as they are: `--method linear`, without `--r`"
+    elif any(term.weight != 1 for term in terms):
+        reason = "a DoRA adapter can't be weighted: its rows are scaled by m / ‖W + ΔW‖, which is not linear in it"
+    else:
+        return
+    raise ModelError(Problem(reason, fix=PLAIN))
+
+
+def _like(terms: Sequence[Term]) -> LoRAConfig:
+    """The first adapter's config, with the name of the base and the task of whichever says them."""
+    configs = [term.adapter.config for term in terms]
+    named = next((config for config in configs if config.base_model_name_or_path), configs[0])
+    task = next((config.task_type for config in configs if config.task_type), None)
+    return replace(
+        configs[0],
+        modules_to_save=(),
+        base_model_name_or_path=named.base_model_name_or_path,
+        revision=named.revision,
+        task_type=task,
+    )
+
+
+def _targets(terms: Sequence[Term]) -> list[str]:
+    return sorted({target for term in terms for target in term.adapter.config.target_modules})
+
+
+def _base(terms: Sequence[Term]) -> Fingerprint | None:
+    return next((term.adapter.base for term in terms if term.adapter.base), None)
+
+
+def _refuse_other_tasks(terms: Sequence[Term]) -> None:
+    tasks = {term.adapter.config.task_type for term in terms} - {None}
+    if len(tasks) > 1:
+        raise RecipeError(
+            Problem(f"the adapters are of different tasks: {', '.join(sorted(tasks))}", fix="compose those of one task")
+        )
+
+
+def base_differences(terms: Sequence[Term]) -> list[tuple[str, list[str]]]:
+    """(name, tensors) of each adapter that was trained on another base than the first that names its base."""
+    known = _base(terms)
+    found = [(term.name, known.differences(term.adapter.base)) for term in terms if term.adapter.base and known]
+    return [(name, names) for name, names in found if names]
+
+
+def shape_problems(terms: Sequence[Term]) -> list[Problem]:
+    """Modules that the adapters see in different shapes."""
+    shapes: dict[str, tuple[str, tuple[int, int]]] = {}
+    problems = []
+    for term in terms:
+        for path, factors in term.adapter.layers.items():
+            shape = (factors.B.shape[0], factors.A.shape[1])
+            name, first = shapes.setdefault(path, (term.name, shape))
+            if first != shape:
+                problems.append(
+                    Problem(
+                        f"{path} is {list(first)} in {name} and {list(shape)} in {term.name}",
+                        fix="compose adapters of one base",
+                    )
+                )
+    return problems

@@ -1,0 +1,71 @@
+"""Adapters of tiny bases on disk, with random factors, small beside the weights; and what a base answers with them."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from lora_cli.lora.adapter import Adapter
+from lora_cli.lora.base_files import fingerprint
+from lora_cli.lora.config import LoRAConfig
+from lora_cli.lora.inject import inject, linears, lora_layers
+from lora_cli.lora.peft_format import save_adapter
+from lora_cli.lora.targets import choose_targets, shortest_suffixes
+from lora_cli.lora.weights import storage_of
+
+ROWS = [[5, 17, 200, 31, 8, 90, 41], [7, 300, 12, 12, 64]]
+
+
+def load(folder: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def random_adapter(
+    folder: Path, targets="all-linear", *, size: float = 0.02, seed: int = 1, layers=None, **settings
+) -> Adapter:
+    """An adapter of the base in `folder`, which it names; updates have entries of about `size` · √r · scale."""
+    model = load(folder)
+    head = () if targets != "all-linear" else [path for path in linears(model) if path.endswith("lm_head")]
+    paths = choose_targets(targets, list(linears(model)), head=head, layers=layers)
+    suffixes = shortest_suffixes(paths, [name for name, _ in model.named_modules()])
+    config = LoRAConfig(**{"r": 4, "lora_alpha": 8, "target_modules": suffixes} | settings)
+    inject(model, config, paths)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for layer in lora_layers(model).values():
+            layer.lora_A.normal_(generator=generator)
+            layer.lora_B.normal_(std=size, generator=generator)
+            if layer.magnitude is not None:
+                layer.magnitude.mul_(1 + torch.rand(layer.magnitude.shape, generator=generator))
+    return Adapter.of(model, config, fingerprint(folder))
+
+
+def write_random(out: Path, base: Path, targets="all-linear", **settings) -> Path:
+    """A folder with such an adapter, as `lora` writes it."""
+    adapter = random_adapter(base, targets, **settings)
+    adapter = replace(adapter, config=replace(adapter.config, base_model_name_or_path=str(base)))
+    save_adapter(adapter, out, transposed=any(storage_of(m).transposed for m in linears(load(base)).values()))
+    return out
+
+
+def logits_of(folder: Path, adapter: Adapter | None = None, rows=ROWS) -> list[Tensor]:
+    """[time, vocabulary] for each row, of a base, or of base + adapter, in float32."""
+    model = load(folder)
+    if adapter is not None:
+        adapter.inject_into(model)
+    return answers_of(model, rows)
+
+
+def answers_of(model: PreTrainedModel, rows=ROWS) -> list[Tensor]:
+    with torch.no_grad():
+        return [model(input_ids=torch.tensor([row])).logits[0] for row in rows]
+
+
+def updates(adapter: Adapter) -> dict[str, Tensor]:
+    """ΔW [out, in] in float64 of every module, the plain way."""
+    return {
+        path: adapter.config.at(path).scale * factors.B.double() @ factors.A.double()
+        for path, factors in adapter.layers.items()
+    }
