@@ -1,4 +1,4 @@
-"""`lora eval`: loss and perplexity of base and adapter on the same rows."""
+"""`lora eval`: loss and perplexity of base and adapters on the same rows."""
 
 import math
 from pathlib import Path
@@ -17,7 +17,8 @@ def eval_(
         ),
     ] = None,
     adapter: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder of the adapter; default: the recipe's run folder.")
+        list[Path] | None,
+        typer.Option(metavar="DIR", help="Folder of an adapter, may be repeated; default: the recipe's run folder."),
     ] = None,
     base: BaseOption = None,
     data: Annotated[
@@ -35,7 +36,7 @@ def eval_(
         raise RecipeError(
             Problem("nothing to measure on", fix="give a recipe with `data.eval`, or rows with `--data FILE`")
         )
-    if recipe is None and adapter is None and base is None:
+    if recipe is None and not adapter and base is None:
         raise RecipeError(Problem("nothing to measure", fix="give `--adapter DIR`, a recipe, or `--base MODEL` alone"))
     if allow_base_mismatch:
         note("--allow-base-mismatch: the base's fingerprint is not required to match", style="yellow")
@@ -50,24 +51,24 @@ def eval_(
 def _compare(recipe, adapter, base, data, overrides, allow):
     from lora_cli.recipe.reader import read_recipe
     from lora_cli.recipe.schema import Model
-    from lora_cli.runs.evaluate import check_task, compare, load_pair, rows_of_recipe
+    from lora_cli.runs.evaluate import check_task, compare, load_resident, rows_of_recipe
     from lora_cli.runs.rows import rows_of_file
 
     found = read_recipe(recipe, overrides) if recipe else None
     model = found.recipe.model if found else Model(base=base) if base else None
     if found and base:
         model = model.model_copy(update={"base": base, "revision": None})
-    if found and adapter is None:
-        adapter = Path(found.recipe.output)
-    pair = load_pair(adapter, model, allow_base_mismatch=allow)
+    if found and not adapter:
+        adapter = [Path(found.recipe.output)]
+    loaded = load_resident(adapter or [], model, allow_base_mismatch=allow)
     if found:
-        check_task(pair, found, adapter)
+        check_task(loaded, found, adapter)
     rows = (
-        rows_of_file(data, pair.tokenizer, found.recipe.data if found else None, pair.labels or None)
+        rows_of_file(data, loaded.tokenizer, found.recipe.data if found else None, loaded.labels or None)
         if data
-        else rows_of_recipe(found, pair)
+        else rows_of_recipe(found, loaded)
     )
-    return compare(pair, *rows), pair.base.name
+    return compare(loaded, *rows), loaded.base.name
 
 
 def _show(comparison) -> None:
@@ -78,17 +79,14 @@ def _show(comparison) -> None:
 
     table = plain_table("", "loss", "perplexity")
     table.add_row("base", f"{comparison.base.loss:.4f}", f"{comparison.base.perplexity:.2f}")
-    if comparison.adapter:
-        table.add_row(
-            "base + adapter", f"{comparison.adapter.loss:.4f}", f"{comparison.adapter.perplexity:.2f}", style="bold"
-        )
+    adapters = {f"base + {name}": found for name, found in comparison.adapters.items()}
+    for name, found in adapters.items():
+        table.add_row(inert(name), f"{found.loss:.4f}", f"{found.perplexity:.2f}", style="bold")
     for source in comparison.base.sources:
         table.add_row(inert(source))
-        for who, found in {"base": comparison.base, "base + adapter": comparison.adapter}.items():
-            if found:
-                table.add_row(
-                    f"  {who}", f"{found.sources[source]:.4f}", f"{math.exp(min(found.sources[source], 700)):.2f}"
-                )
+        for who, found in {"base": comparison.base, **adapters}.items():
+            loss = found.sources[source]
+            table.add_row(inert(f"  {who}"), f"{loss:.4f}", f"{math.exp(min(loss, 700)):.2f}")
     out.print(table)
     show(f"{number(comparison.base.rows)} rows, {number(comparison.base.tokens)} trained tokens, nats a token")
 
@@ -99,12 +97,12 @@ def _show_classes(comparison) -> None:
     table = plain_table("", "loss", "accuracy", "macro-F1")
     majority = comparison.majority
     table.add_row(f"always {inert(majority.label)}", "–", *map(_figure, majority.metrics.values()))
-    for name, found in (("base", comparison.base), ("base + adapter", comparison.adapter)):
-        if found:
-            table.add_row(name, f"{found.loss:.4f}", *map(_figure, found.metrics.values()), style="bold")
+    measured = _measured(comparison)
+    for name, found in measured.items():
+        title = name if name == "base" else inert(f"base + {name}")
+        table.add_row(title, f"{found.loss:.4f}", *map(_figure, found.metrics.values()), style="bold")
     out.print(table)
-    rows = (comparison.adapter or comparison.base).rows
-    show(f"{number(rows)} rows, {len(comparison.report.labels)} labels; the most common one is the baseline")
+    show(f"{number(_rows(measured))} rows, {len(comparison.report.labels)} labels; the most common one is the baseline")
 
 
 def _figure(value: float) -> str:
@@ -112,14 +110,25 @@ def _figure(value: float) -> str:
 
 
 def _as_json(comparison, name: str) -> dict:
-    measured = {"base": comparison.base, "adapter": comparison.adapter}
-    found = comparison.base or comparison.adapter
-    document = {"model": name, "rows": found.rows}
+    measured = _measured(comparison)
+    document = {"model": name, "rows": _rows(measured)}
     if majority := comparison.majority:
         document |= {"labels": comparison.report.labels, "majority": {"label": majority.label, **majority.metrics}}
     else:
-        document |= {"tokens": found.tokens}
-    return document | {key: _figures(one) for key, one in measured.items() if one}
+        document |= {"tokens": comparison.base.tokens}
+    if comparison.base:
+        document |= {"base": _figures(comparison.base)}
+    adapters = {key: _figures(found) for key, found in comparison.adapters.items()}
+    return document | ({"adapters": adapters} if len(adapters) > 1 else adapters)
+
+
+def _measured(comparison) -> dict:
+    """The base, where it can answer, and every adapter."""
+    return ({"base": comparison.base} if comparison.base else {}) | dict(comparison.adapters)
+
+
+def _rows(measured: dict) -> int:
+    return next(iter(measured.values())).rows
 
 
 def _figures(found) -> dict:

@@ -65,20 +65,23 @@ def read_order(
     from lora_cli.export.proof import proof_device
     from lora_cli.export.staging import refuse_output
     from lora_cli.export.table import Order, is_transposed
-    from lora_cli.lora.peft_format import load_adapter
+    from lora_cli.lora.peft_format import load_alive
     from lora_cli.models.base import resolve_base
-    from lora_cli.models.load import DTYPES
+    from lora_cli.models.identity import check_tokenizer
+    from lora_cli.models.load import DTYPES, load_tokenizer, tokenizer_folder
 
     out = out or folder / format
     refuse_output(out)
-    adapter = load_adapter(folder)
-    adapter.check_alive()
+    adapter = load_alive(folder)
     name = base or adapter.config.base_model_name_or_path
     transposed = is_transposed(folder)
     if format == "peft" or name is None:
         return Order(adapter, folder, out, transposed)
     found = resolve_base(name, None if base else adapter.config.revision)
     refuse_second_merge(found.folder, adapter)
+    if adapter.tokenizer:
+        tokens = tokenizer_folder(folder, found.folder)
+        check_tokenizer(adapter, load_tokenizer(tokens), tokens, allow=allow_base_mismatch)
     _note_quantised(folder)
     return Order(
         adapter,

@@ -1,4 +1,4 @@
-"""Base and adapter on the same rows, in one load: the base is the model with its adapter switched off."""
+"""Base and adapters on the same rows, in one load: the adapters take turns on the one base."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,10 +15,11 @@ from lora_cli.evaluate.loss import HeldOut, held_out_loss
 from lora_cli.infer.generate import answer
 from lora_cli.lora.adapter import Adapter
 from lora_cli.lora.base_files import fingerprint
-from lora_cli.lora.inject import disabled
-from lora_cli.lora.peft_format import load_adapter
+from lora_cli.lora.peft_format import load_alive
+from lora_cli.lora.switch import switch, switched
 from lora_cli.models.base import Base, resolve_base
-from lora_cli.models.heads import head_in, head_of
+from lora_cli.models.heads import Head, head_in, head_of
+from lora_cli.models.identity import check_tokenizer
 from lora_cli.models.load import (
     check_vocabulary,
     default_device,
@@ -41,13 +42,13 @@ from lora_cli.train.task import Task
 
 @dataclass(frozen=True)
 class Loaded:
-    """A base with an adapter in it, ready to answer; `adapter` is None for the base alone."""
+    """A base in memory and the adapters that take turns on it, by the name to call each; `model` is the bare base."""
 
     base: Base
     model: object
     tokenizer: object
-    adapter: Adapter | None
-    form: PromptForm  # of the rows it was trained on
+    adapters: Mapping[str, Adapter]
+    forms: Mapping[str, PromptForm]  # by adapter: of the rows it was trained on
     labels: tuple[str, ...] = ()  # of a classifier
 
     @property
@@ -68,21 +69,28 @@ class Comparison:
     """`base` is None where the base has no head that could answer; `majority` is there where rows are classified."""
 
     base: HeldOut | None
-    adapter: HeldOut | None
+    adapters: Mapping[str, HeldOut]
     report: DataReport
     majority: Majority | None = None
 
 
-def load_pair(adapter_folder: Path | None, model: Model | None, *, allow_base_mismatch: bool = False) -> Loaded:
-    """Load a base and put an adapter into it; `model` says how to hold the base, and may be left to the adapter."""
-    adapter = load_adapter(adapter_folder) if adapter_folder else None
-    model = model or trained_base(adapter, adapter_folder)
+def load_resident(folders: Sequence[Path], model: Model | None, *, allow_base_mismatch: bool = False) -> Loaded:
+    """Load a base once for all adapters in `folders`; `model` says how to hold it, and may be left to the first of them.
+
+    Every adapter is checked against the base and the first one's tokenizer, and put in once, before any is used.
+    """
+    adapters = {folder: load_alive(folder) for folder in folders}
+    first = next(iter(adapters), None)
+    model = model or trained_base(adapters[first], first)
     base = resolve_base(model.base, model.revision)
-    if adapter:
-        adapter.check_alive()
-        adapter.check_base(fingerprint(base.folder), base.folder, allow=allow_base_mismatch)
-    head = head_of(adapter) if adapter else head_in(base)
-    tokenizer = load_tokenizer(tokenizer_folder(adapter_folder, base.folder), writes=head is None)
+    identity = fingerprint(base.folder)
+    for adapter in adapters.values():
+        adapter.check_base(identity, base.folder, allow=allow_base_mismatch)
+    head = _one_head(adapters) if adapters else head_in(base)
+    tokens = tokenizer_folder(first, base.folder)
+    tokenizer = load_tokenizer(tokens, writes=head is None)
+    for adapter in adapters.values():
+        check_tokenizer(adapter, tokenizer, tokens, allow=allow_base_mismatch)
     device = default_device()
     loaded = load_model(
         base,
@@ -92,10 +100,33 @@ def load_pair(adapter_folder: Path | None, model: Model | None, *, allow_base_mi
         device=device,
         head=head and replace(head, pad_token_id=tokenizer.pad_token_id),
     )
-    if adapter:
-        adapter.inject_into(loaded)
-    form = trained_form(adapter_folder) if adapter_folder else UNKNOWN_FORM
-    return Loaded(base, loaded, tokenizer, adapter, form, head.labels if head else ())
+    for adapter in adapters.values():
+        switch(loaded, adapter)
+    switch(loaded, None)
+    names = {folder: "adapter" if len(adapters) == 1 else _name(folder) for folder in adapters}
+    return Loaded(
+        base,
+        loaded,
+        tokenizer,
+        {names[folder]: adapter for folder, adapter in adapters.items()},
+        {names[folder]: trained_form(folder) for folder in adapters},
+        head.labels if head else (),
+    )
+
+
+def _one_head(adapters: Mapping[Path, Adapter]) -> Head | None:
+    """The head that all of them bring. Raises ModelError where they are not classifiers of the same labels."""
+    heads = {folder: head_of(adapter) for folder, adapter in adapters.items()}
+    first = next(iter(heads))
+    if other := next((folder for folder, head in heads.items() if head != heads[first]), None):
+        what = f"{first} and {other} are not classifiers of the same labels, or only one is a classifier"
+        raise ModelError(Problem(what, fix="measure them one after the other"))
+    return heads[first]
+
+
+def _name(folder: Path) -> str:
+    """What to call one adapter of several; `base` is the base's name."""
+    return "./base" if str(folder) == "base" else str(folder)
 
 
 def trained_base(adapter: Adapter, folder: Path) -> Model:
@@ -109,7 +140,7 @@ def trained_base(adapter: Adapter, folder: Path) -> Model:
 
 
 def compare(loaded: Loaded, examples: Sequence[Example], report: DataReport) -> Comparison:
-    """Held-out loss of the base and of base + adapter, on the same rows in the same batches.
+    """Held-out loss of the base and of base + each adapter, on the same rows in the same batches.
 
     An untrained head says nothing: of a classifier's base, what the largest class alone would reach takes its place.
     """
@@ -124,10 +155,12 @@ def compare(loaded: Loaded, examples: Sequence[Example], report: DataReport) -> 
         device=accelerator.device,
     )
     base = None
-    if not (loaded.labels and loaded.adapter):
-        with disabled(loaded.model):
-            base = held_out_loss(task, examples, layout, accelerator, measure)
-    adapted = held_out_loss(task, examples, layout, accelerator, measure) if loaded.adapter else None
+    if not (loaded.labels and loaded.adapters):
+        base = held_out_loss(task, examples, layout, accelerator, measure)
+    adapted = {}
+    for name, adapter in loaded.adapters.items():
+        with switched(loaded.model, adapter):
+            adapted[name] = held_out_loss(task, examples, layout, accelerator, measure)
     return Comparison(base, adapted, report, majority_of(examples, loaded.labels) if loaded.labels else None)
 
 
@@ -139,13 +172,13 @@ def majority_of(examples: Sequence[Example], labels: Sequence[str]) -> Majority:
     return Majority(labels[most], accuracy_and_f1(sums))
 
 
-def check_task(loaded: Loaded, recipe: LoadedRecipe, adapter_folder: Path | None) -> None:
+def check_task(loaded: Loaded, recipe: LoadedRecipe, adapter_folders: Sequence[Path]) -> None:
     """Raise RecipeError where a recipe's objective is not what the adapter was trained for."""
     kind = objective_of(recipe.recipe.training).kind
     if kind != loaded.objective:
         what = f"`training.objective` is `{kind}`, and the model was trained for `{loaded.objective}`"
         fix = "give the recipe that it was trained with"
-        raise RecipeError(Problem(what, where=str(adapter_folder or loaded.base.folder), fix=fix))
+        raise RecipeError(Problem(what, where=str(next(iter(adapter_folders), loaded.base.folder)), fix=fix))
 
 
 def rows_of_recipe(recipe: LoadedRecipe, loaded: Loaded) -> tuple[list[Example], DataReport]:
@@ -167,14 +200,16 @@ def rows_of_recipe(recipe: LoadedRecipe, loaded: Loaded) -> tuple[list[Example],
 
 
 def side_by_side(loaded: Loaded, prompts: Sequence[str], max_new_tokens: int) -> dict[str, dict[str, str]]:
-    """Prompt -> {"base": …, "adapter": …}: greedy answers from one load."""
+    """Prompt -> {"base": …, "adapter": …}: greedy answers from one load; several adapters go by their folders.
+
+    Each adapter is asked as it was trained, the base as the first of them.
+    """
     if loaded.labels:
         what = f"a classifier writes no answers: it knows the {len(loaded.labels)} labels {', '.join(loaded.labels)}"
         raise ModelError(Problem(what, where=str(loaded.base.folder), fix="measure it with `lora eval --data FILE`"))
-    ask = partial(answer, loaded.model, loaded.tokenizer, prompts, form=loaded.form, max_new_tokens=max_new_tokens)
-    with disabled(loaded.model):
-        base = ask()
-    adapted = ask() if loaded.adapter else {}
-    return {
-        prompt: {"base": base[prompt]} | ({"adapter": adapted[prompt]} if loaded.adapter else {}) for prompt in prompts
-    }
+    ask = partial(answer, loaded.model, loaded.tokenizer, prompts, max_new_tokens=max_new_tokens)
+    answers = {"base": ask(form=next(iter(loaded.forms.values()), UNKNOWN_FORM))}
+    for name, adapter in loaded.adapters.items():
+        with switched(loaded.model, adapter):
+            answers[name] = ask(form=loaded.forms[name])
+    return {prompt: {name: found[prompt] for name, found in answers.items()} for prompt in prompts}

@@ -12,6 +12,7 @@ from lora_cli.data.types import Example
 from lora_cli.lora.adapter import Adapter
 from lora_cli.lora.base_files import Fingerprint
 from lora_cli.lora.config import LoRAConfig
+from lora_cli.lora.identity import TokenizerFingerprint
 from lora_cli.models.base import Base
 from lora_cli.recipe.reader import LoadedRecipe
 from lora_cli.recipe.schema import Recipe
@@ -46,6 +47,7 @@ class Run:
     folder: RunFolder
     base: Base
     fingerprint: Fingerprint
+    tokens: TokenizerFingerprint
     tokenizer: "PreTrainedTokenizerBase"
     rows: Rows
     model: "PreTrainedModel"
@@ -65,4 +67,4 @@ class Run:
 
     def adapter(self) -> Adapter:
         """A copy of what the model has learned so far."""
-        return Adapter.of(self.model, self.config, self.fingerprint, self.rows.labels)
+        return Adapter.of(self.model, self.config, self.fingerprint, self.rows.labels, self.tokens)

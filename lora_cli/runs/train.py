@@ -33,6 +33,7 @@ from lora_cli.lora.targets import fused_notices, names_to_save, shortest_suffixe
 from lora_cli.lora.weights import storage_of
 from lora_cli.models.attention import packs
 from lora_cli.models.base import resolve_base
+from lora_cli.models.identity import tokenizer_identity
 from lora_cli.models.load import default_device, load_model, load_tokenizer, resolve_dtype
 from lora_cli.models.recompute import checkpoint_activations, setting_of
 from lora_cli.objectives.table import MEASURES, OBJECTIVES
@@ -144,6 +145,7 @@ def prepare(loaded: LoadedRecipe, folder: RunFolder) -> Run:
         folder=folder,
         base=base,
         fingerprint=identity,
+        tokens=tokenizer_identity(tokenizer),
         tokenizer=tokenizer,
         rows=rows,
         model=model,

@@ -1,0 +1,65 @@
+"""Whether a tokenizer is the one that an adapter was trained with: refused where ids differ, noted where the template does."""
+
+import hashlib
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lora_cli.errors import ModelError, Problem
+from lora_cli.lora.adapter import Adapter
+from lora_cli.lora.identity import TokenizerFingerprint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+# Spaces, cases, digits, scripts, code and signs: where tokenizers of one vocabulary part ways
+SAMPLES = (
+    "The quick brown fox jumps over the lazy dog.",
+    "  two spaces,\ttab,\n\nline ends \n and don't, CAN'T, naïve",
+    "1234567890 3.14159 1,000,000",
+    "def f(x):\n    return x ** 2  # comment",
+    "Größe, 你好, мир, שלום, 👍🏽",
+)
+
+
+def tokenizer_identity(tokenizer: "PreTrainedTokenizerBase") -> TokenizerFingerprint:
+    """The same for a tokenizer and for a copy that any version of `save_pretrained` made of it.
+
+    (`models.load.tokenizer_fingerprint` is of the file's every byte, for runs that must go on to the same ones.)
+    """
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    template = tokenizer.chat_template
+    return TokenizerFingerprint(
+        vocabulary=_hash(vocabulary),
+        cutting=_hash([tokenizer(text)["input_ids"] for text in SAMPLES]),
+        template=_hash(sorted(template.items()) if isinstance(template, dict) else template) if template else "",
+    )
+
+
+def check_tokenizer(
+    adapter: Adapter, tokenizer: "PreTrainedTokenizerBase", folder: Path, *, allow: bool = False
+) -> None:
+    """Raise ModelError when tokens have other ids than the adapter was trained with; another template is a warning.
+
+    An adapter that names no tokenizer fits all.
+    """
+    differences = adapter.tokenizer.differences(tokenizer_identity(tokenizer)) if adapter.tokenizer else []
+    if "vocabulary" in differences or "cutting" in differences:
+        what = "has other tokens or other ids" if "vocabulary" in differences else "cuts texts into other tokens"
+        if not allow:
+            raise ModelError(
+                Problem(
+                    f"this tokenizer {what} than the one the adapter was trained with",
+                    where=str(folder),
+                    fix="put the run's tokenizer files beside the adapter, or accept this one with `--allow-base-mismatch`",
+                )
+            )
+        log.warning("%s: this tokenizer %s than the one the adapter was trained with", folder, what)
+    if "template" in differences:
+        log.warning("%s: its chat template is not the one that the adapter was trained with", folder)
+
+
+def _hash(content: object) -> str:
+    return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
