@@ -7,7 +7,8 @@ taken for markup. No secret of the environment is shown.
 import json
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.table import Table
@@ -36,6 +37,16 @@ def note(text: str, style: str = "") -> None:
 def animated() -> bool:
     """Whether stderr may move: a terminal that can, of someone who has not set NO_COLOR."""
     return err.is_interactive and not err.no_color
+
+
+@contextmanager
+def working(title: str) -> Iterator[Callable[[str], None]]:
+    """A spinner on stderr that tells what is being worked on; nothing where nothing may move."""
+    if not animated():
+        yield lambda what: None
+        return
+    with err.status(title) as status:
+        yield lambda what: status.update(f"{title} {inert(what)}")
 
 
 def show_json(document: Mapping) -> None:

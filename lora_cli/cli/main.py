@@ -28,15 +28,20 @@ ANY_VERSION = ("doctor", "schema")  # what reads no foreign files
 
 def app() -> typer.Typer:
     from lora_cli.cli.check import check
+    from lora_cli.cli.compose import compose
     from lora_cli.cli.data import data
+    from lora_cli.cli.diff import diff
     from lora_cli.cli.doctor import doctor
     from lora_cli.cli.eval import eval_
     from lora_cli.cli.export import export
+    from lora_cli.cli.extract import extract
     from lora_cli.cli.generate import generate
+    from lora_cli.cli.inspect import inspect
     from lora_cli.cli.merge import merge
     from lora_cli.cli.params import params
     from lora_cli.cli.plan import plan
     from lora_cli.cli.report import report
+    from lora_cli.cli.resize import resize
     from lora_cli.cli.schema import schema
     from lora_cli.cli.train import train
     from lora_cli.cli.unmerge import unmerge
@@ -60,6 +65,11 @@ def app() -> typer.Typer:
         "merge": merge,
         "unmerge": unmerge,
         "export": export,
+        "inspect": inspect,
+        "diff": diff,
+        "compose": compose,
+        "extract": extract,
+        "resize": resize,
         "params": params,
         "plan": plan,
         "schema": schema,

@@ -22,6 +22,7 @@ MismatchOption = Annotated[
 OutOption = Annotated[
     Path | None, typer.Option(metavar="DIR", help="Where to write; else inside the adapter's folder.")
 ]
+AdapterOutOption = Annotated[Path, typer.Option(metavar="DIR", help="Where to write the adapter.", show_default=False)]
 DtypeOption = Annotated[Dtype | None, typer.Option(help="Of all weights; else each keeps the base's.")]
 ProofRowsOption = Annotated[
     str | None, typer.Option("--data", metavar="FILE", help="Rows for the proof; else those of the run.")

@@ -43,7 +43,7 @@ def params(
     if as_list:
         _show_catalogue(as_json)
         return
-    given = {"r": r, "alpha": alpha, "targets": _targets(targets), "use_dora": dora}
+    given = {"r": r, "alpha": alpha, "targets": targets_of(targets), "use_dora": dora}
     answer = _answer(recipe, model, {key: value for key, value in given.items() if value is not None}, budget)
     if as_json:
         show_json(_document(answer))
@@ -101,7 +101,7 @@ def _labels(found: "LoadedRecipe") -> "LabelsToLearn | None":
     return labels_to_learn(found)
 
 
-def _targets(text: str | None) -> str | list[str] | None:
+def targets_of(text: str | None) -> str | list[str] | None:
     """`qv` and `all-linear` as they stand; `q_proj,v_proj` as a list."""
     names = [name.strip() for name in (text or "").split(",") if name.strip()]
     return names if len(names) > 1 else text

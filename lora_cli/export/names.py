@@ -51,7 +51,7 @@ def places(folder: Path, adapter: Adapter) -> dict[str, Place]:
     problems, found = [], {}
     for path in adapter.layers:
         transposed = storage_of(linears(model)[path]).transposed
-        place = _place(model, f"{path}.weight", names, transposed=transposed, own_names=head is not None)
+        place = place_of(model, f"{path}.weight", names, transposed=transposed, own_names=head is not None)
         if place is None or (problem := _misfit(adapter, place, stored[place.tensor])):
             problems.append(_missing(path, folder) if place is None else problem)
         else:
@@ -83,7 +83,7 @@ def others(folder: Path, adapter: Adapter) -> Others:
     model, stored = skeleton(folder, head), stored_tensors(folder)
     names = names_in_files(model, stored)
     wanted = [f"{path}.{name}" for path, state in adapter.extras.items() for name in state]
-    found = {name: _place(model, name, names, transposed=False, own_names=head is not None) for name in wanted}
+    found = {name: place_of(model, name, names, transposed=False, own_names=head is not None) for name in wanted}
     shapes = {f"{path}.{name}": tuple(t.shape) for path, state in adapter.extras.items() for name, t in state.items()}
     fits = {name: place for name, place in found.items() if place and stored[place.tensor].shape == shapes[name]}
     new = tuple(name for name in wanted if name not in fits and head is not None and may_be_new(model, name))
@@ -127,10 +127,13 @@ def _loaded_as(model: "PreTrainedModel", stored: Iterable[str]) -> Iterator[tupl
         yield name, renamed, converter is not None
 
 
-def _place(
+def place_of(
     model: "PreTrainedModel", own: str, names: Mapping[str, str], *, transposed: bool, own_names: bool
 ) -> Place | None:
-    """The place of the parameter `own`; with `own_names`, the new one is written under its name in the model."""
+    """The place of the parameter `own`; None where the files hold it not as one tensor. `names` are `names_in_files`.
+
+    With `own_names`, the new one is written under its name in the model.
+    """
     path = own.rpartition(".")[0]
     partners = [name for name in _tied_with(model, own) if name in names]
     absent = [name for name in _tied_with(model, own) if name not in names]

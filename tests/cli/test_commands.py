@@ -35,7 +35,10 @@ def assert_one_block(done, most_lines: int = 12) -> None:
     assert "Traceback" not in done.err
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["eval", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["train", "--help"], ["eval", "--help"], ["compose", "--help"], ["diff", "--help"], ["--version"]],
+)
 def test_help_imports_nothing_heavy(arguments):
     program = (
         "import sys; sys.argv = ['lora', *sys.argv[1:]]\n"
@@ -56,7 +59,10 @@ def test_help_imports_nothing_heavy(arguments):
 def test_help_names_every_command_and_no_arguments_are_help(lora):
     text = lora("--help").out
 
-    for command in ("train", "eval", "generate", "merge", "unmerge", "export", "params", "schema", "doctor"):
+    for command in (
+        "train", "eval", "generate", "merge", "unmerge", "export", "inspect", "diff", "compose", "extract", "resize",
+        "params", "schema", "doctor",
+    ):  # fmt: skip
         assert f"\n  {command} " in text or re.search(rf"\b{command}\b", text)
     assert lora(code=None).out.split() == text.split()
 

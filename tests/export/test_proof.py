@@ -192,7 +192,8 @@ def _kl(P: torch.Tensor, Q: torch.Tensor) -> float:
 
 def _with(fault: str, adapter: Adapter) -> Adapter:
     if fault == "a layer lost":
-        return replace(adapter, layers=dict(list(adapter.layers.items())[1:]))
+        layers = dict(list(adapter.layers.items())[1:])
+        return replace(adapter, layers=layers, config=replace(adapter.config, target_modules=tuple(layers)))
     if fault == "a wrong scale":
         return replace(adapter, config=replace(adapter.config, lora_alpha=1.1 * adapter.config.lora_alpha))
     return adapter

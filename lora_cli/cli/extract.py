@@ -1,0 +1,79 @@
+"""`lora extract`: what a full fine-tune did, as an adapter."""
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lora_cli.cli.compose import made_document, show_made
+from lora_cli.cli.options import AdapterOutOption, JsonOption
+
+if TYPE_CHECKING:
+    from lora_cli.export.extract import Extracted, LeftOut
+
+SHOWN = 5
+
+
+def extract(
+    base: Annotated[str, typer.Option(metavar="MODEL", help="What the model was tuned from.", show_default=False)],
+    tuned: Annotated[str, typer.Option(metavar="MODEL", help="The fully fine-tuned model.", show_default=False)],
+    out: AdapterOutOption,
+    r: Annotated[int | None, typer.Option("--r", metavar="N", min=1, help="One rank for all modules.")] = None,
+    energy: Annotated[
+        float | None,
+        typer.Option(metavar="X", min=0, max=1, help="A rank for each module that holds 0.9 of its ‖ΔW‖²."),
+    ] = None,
+    targets: Annotated[
+        str, typer.Option(metavar="NAMES", help="Letters (`qkvo`), `all-linear`, or `q_proj,lm_head`.")
+    ] = "all-linear",
+    as_json: JsonOption = False,
+) -> None:
+    """Write a full fine-tune minus its base as an adapter, and say what of the change it holds.
+
+    Example: lora extract --base base/ --tuned tuned/ --r 16 --out adapter/
+    """
+    from lora_cli.cli.console import show_json, working
+    from lora_cli.cli.params import targets_of
+    from lora_cli.errors import Problem, RecipeError
+    from lora_cli.export.extract import extract as take_out
+    from lora_cli.models.base import resolve_base
+
+    if (r is None) == (energy is None):
+        raise RecipeError(Problem("no rank for the adapter, or two", fix="give one of `--r` and `--energy`"))
+    with working("extracting") as progress:
+        found = take_out(
+            resolve_base(base),
+            resolve_base(tuned),
+            out,
+            r=r,
+            energy=energy,
+            targets=targets_of(targets),
+            progress=progress,
+        )
+    if as_json:
+        left = [asdict(tensor) for tensor in found.left_out]
+        show_json(made_document(found.made) | {"left_out": left, "unchanged": found.unchanged})
+    else:
+        _show(found, base, tuned)
+
+
+def _show(found: "Extracted", base: str, tuned: str) -> None:
+    from lora_cli.cli.console import inert, show
+
+    show(f"extracted {inert(tuned)} − {inert(base)}", style="bold")
+    if found.unchanged:
+        show(f"         {found.unchanged} of the chosen weights are the same in both")
+    show_made(found.made)
+    if not found.left_out:
+        show("left out nothing: no other tensor has changed")
+        return
+    listed = [f"{inert(tensor.name)} {_relative(tensor)}" for tensor in found.left_out[:SHOWN]]
+    rest = f" and {len(found.left_out) - SHOWN} more" if len(found.left_out) > SHOWN else ""
+    show(f"left out {len(found.left_out)} tensors that changed and that this adapter does not hold")
+    show(f"         (‖Δ‖ / ‖W‖): {', '.join(listed)}{rest}")
+
+
+def _relative(tensor: "LeftOut") -> str:
+    if tensor.change is None:
+        return "(another shape)"
+    return "(was zero)" if tensor.relative is None else f"{tensor.relative:.2g}"

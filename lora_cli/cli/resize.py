@@ -1,0 +1,64 @@
+"""`lora resize`: an adapter with less rank."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lora_cli.cli.compose import made_document, show_made
+from lora_cli.cli.options import AdapterOutOption, JsonOption
+
+
+def resize(
+    adapter: Annotated[Path, typer.Argument(metavar="A", help="Adapter folder.", show_default=False)],
+    out: AdapterOutOption,
+    r: Annotated[int | None, typer.Option("--r", metavar="N", min=1, help="One rank for all modules, at most.")] = None,
+    energy: Annotated[
+        float | None,
+        typer.Option(metavar="X", min=0, max=1, help="A rank for each module that holds 0.9 of its ‖ΔW‖²."),
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Ranks within `2M` parameters or `8MB`, where they hold most.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Cut an adapter to a lower rank: the best update of that rank there is, and how far it is from the whole.
+
+    Example: lora resize out/ --r 4 --out small/
+    """
+    from lora_cli.cli.console import inert, show, show_json
+    from lora_cli.runs.compose import resize_folder
+
+    made = resize_folder(adapter, out, _choice(r, energy, budget))
+    if as_json:
+        show_json(made_document(made))
+        return
+    show(f"resized  {inert(str(adapter))}", style="bold")
+    show_made(made)
+
+
+def _choice(r: int | None, energy: float | None, budget: str | None) -> Callable:
+    from lora_cli.errors import Problem, RecipeError
+    from lora_cli.lora.ranks import by_budget, by_energy, by_number
+
+    if sum(choice is not None for choice in (r, energy, budget)) != 1:
+        raise RecipeError(
+            Problem("no rank to cut to, or more than one", fix="give one of `--r`, `--energy`, `--budget`")
+        )
+    if r is not None:
+        return partial(by_number, r=r)
+    if energy is not None:
+        return partial(by_energy, share=energy)
+    return partial(by_budget, parameters=_parameters(budget))
+
+
+def _parameters(text: str) -> int:
+    """`2M` parameters as they are, `8MB` as float32 numbers of that many bytes."""
+    from lora_cli.budget.params import parse_limit
+    from lora_cli.lora.ranks import BYTES_EACH
+
+    if text[-1:].upper() == "B" and text[-2:-1].upper() in ("K", "M", "G"):
+        return parse_limit(text[:-1], 0) // BYTES_EACH
+    return parse_limit(text, 0)

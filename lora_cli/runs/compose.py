@@ -1,0 +1,126 @@
+"""Adapters made from adapters: several composed into one, or one cut to a lower rank."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from lora_cli.errors import DivergedError, ModelError, Problem, RecipeError
+from lora_cli.export.adapter_folder import Made, made_by, write_adapter
+from lora_cli.export.staging import refuse_output
+from lora_cli.export.table import is_transposed
+from lora_cli.lora.adapter import Adapter
+from lora_cli.lora.algebra import (
+    METHODS,
+    How,
+    Term,
+    base_differences,
+    compose,
+    shape_problems,
+    spectra,
+    truncate,
+)
+from lora_cli.lora.peft_format import load_alive
+from lora_cli.lora.svd import SVD
+
+
+def compose_folders(
+    folders: Sequence[Path],
+    out: Path,
+    *,
+    weights: Sequence[float],
+    how: How,
+    allow_base_mismatch: bool = False,
+    progress: Callable[[str], None] = lambda path: None,
+) -> Made:
+    """Compose the adapters in `folders` and write the result. Raises before any work for what doesn't go together."""
+    _check_settings(folders, weights, how)
+    refuse_output(out)
+    terms = [Term(load_alive(folder), weight, str(folder)) for folder, weight in zip(folders, weights, strict=True)]
+    differences = _check_one_base(terms, allow=allow_base_mismatch)
+    transposed = {is_transposed(folder) for folder in folders}
+    if len(transposed) > 1 or (problems := shape_problems(terms)):
+        raise ModelError(*(problems[:3] if len(transposed) == 1 else [_mixed_storage()]))
+    adapter, fits = compose(terms, how, each=progress)
+    _check_acts(adapter)
+    adapter = replace(adapter, tokenizer=next((t.adapter.tokenizer for t in terms if t.adapter.tokenizer), None))
+    settings = {"method": how.method, "r": how.r, "allow_base_mismatch": differences}
+    if how.kept:
+        settings |= {"density": how.kept, "seed": how.seed}
+    parents = [parent(term.adapter, folder, weight=term.weight) for term, folder in zip(terms, folders, strict=True)]
+    adapter = made_by("compose", adapter, parents, **settings)
+    written = write_adapter(adapter, out, tokenizer=with_tokenizer(folders), transposed=transposed.pop())
+    return Made(adapter, written, fits, tuple(differences))
+
+
+def resize_folder(folder: Path, out: Path, choose: Callable[[Mapping[str, SVD]], Mapping[str, int]]) -> Made:
+    """Write the adapter of `folder` with the ranks that `choose` picks from its spectra: the best there is of them."""
+    refuse_output(out)
+    adapter = load_alive(folder)
+    found = spectra(adapter)
+    ranks = choose(found)
+    made, fits = truncate(adapter, ranks, found)
+    made = made_by("resize", made, [parent(adapter, folder)])
+    written = write_adapter(made, out, tokenizer=with_tokenizer([folder]), transposed=is_transposed(folder))
+    return Made(made, written, fits)
+
+
+def parent(adapter: Adapter, folder: Path, **more: object) -> dict[str, object]:
+    """What a made adapter keeps of one that it was made from: its hash and the name of its folder, never the path."""
+    return {"sha256": adapter.digest(), "name": folder.resolve().name, **more}
+
+
+def with_tokenizer(folders: Sequence[Path]) -> Path | None:
+    return next((folder for folder in folders if (folder / "tokenizer_config.json").is_file()), None)
+
+
+def _check_settings(folders: Sequence[Path], weights: Sequence[float], how: How) -> None:
+    problems = []
+    if len(weights) != len(folders):
+        problems.append(
+            Problem(f"`--weights` has {len(weights)} numbers for {len(folders)} adapters", fix="give one number each")
+        )
+    if how.density is not None and METHODS[how.method].density is None:
+        problems.append(
+            Problem(f"`--method {how.method}` keeps every entry: it has no `--density`", fix="leave `--density` out")
+        )
+    if problems:
+        raise RecipeError(*problems)
+
+
+def _check_one_base(terms: Sequence[Term], *, allow: bool) -> list[str]:
+    """The names of tensors in which the adapters' bases differ. Raises ModelError for any, unless they are allowed."""
+    found = base_differences(terms)
+    if found and not allow:
+        raise ModelError(
+            *(
+                Problem(
+                    f"{name} was trained on another base than {terms[0].name}: they differ in {', '.join(names[:3])}",
+                    where=name,
+                    fix="compose adapters of one base, or accept these with `--allow-base-mismatch`",
+                )
+                for name, names in found
+            )
+        )
+    tokenizers = {term.adapter.tokenizer.vocabulary: term.name for term in terms if term.adapter.tokenizer}
+    if len(tokenizers) > 1 and not allow:
+        raise ModelError(
+            Problem(
+                f"{' and '.join(tokenizers.values())} were trained with tokenizers of other ids",
+                fix="compose adapters of one tokenizer, or accept these with `--allow-base-mismatch`",
+            )
+        )
+    return [tensor for _, names in found for tensor in names]
+
+
+def _check_acts(adapter: Adapter) -> None:
+    if not adapter.config.use_dora and not any(factors.act() for factors in adapter.layers.values()):
+        raise DivergedError(
+            Problem("with these weights the adapters cancel: the sum does nothing", fix="give other `--weights`")
+        )
+
+
+def _mixed_storage() -> Problem:
+    return Problem(
+        "the adapters disagree on whether the base's weights are stored [in, out] (`fan_in_fan_out`)",
+        fix="compose adapters of one base",
+    )

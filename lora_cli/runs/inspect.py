@@ -1,0 +1,195 @@
+"""Looking into an adapter, and comparing two: module by module, from the factors alone; from the base what needs it."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from math import sqrt
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lora_cli.errors import ModelError
+from lora_cli.export.files import read_weight
+from lora_cli.export.names import places
+from lora_cli.lora.adapter import Adapter, Factors
+from lora_cli.lora.algebra import Term, shape_problems
+from lora_cli.lora.base_files import fingerprint, stored_tensors
+from lora_cli.lora.peft_format import load_adapter, to_peft
+from lora_cli.lora.spectrum import Side, effective_rank, inner_product, intruders, overlap
+from lora_cli.lora.svd import SVD, of_factors
+from lora_cli.lora.targets import kind_of
+from lora_cli.models.base import Base
+
+ENERGY = 0.9
+
+
+@dataclass(frozen=True)
+class Module:
+    """One module's update. `relative` is ‖ΔW‖ / ‖W‖; it and `intruders` need the base. Of a DoRA without the base,
+    all is of the low-rank part."""
+
+    path: str
+    kind: str
+    shape: tuple[int, int]
+    r: int
+    norm: float
+    relative: float | None
+    effective_rank: float
+    energy_rank: int  # terms that hold ENERGY of ‖ΔW‖²
+    intruders: int | None
+    dead: bool
+    singular_values: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    adapter: Adapter
+    folder: Path
+    modules: tuple[Module, ...]
+
+    @property
+    def suggested(self) -> tuple[int, dict[str, int]] | None:
+        """(r, rank_pattern) that keep ENERGY of every module's ‖ΔW‖²; None where that saves nothing."""
+        kinds: dict[str, int] = {}
+        for module in self.modules:
+            kinds[module.kind] = max(kinds.get(module.kind, 1), module.energy_rank)
+        if all(kinds[module.kind] >= module.r for module in self.modules):
+            return None
+        found = list(kinds.values())
+        r = max(set(found), key=lambda rank: (found.count(rank), rank))
+        return r, {kind: rank for kind, rank in kinds.items() if rank != r}
+
+    def as_dict(self) -> dict:
+        adapter = self.adapter
+        suggested = self.suggested
+        return {
+            "config": to_peft(adapter.config),
+            "sha256": adapter.digest(),
+            "parameters": adapter.parameters,
+            "base_fingerprint": adapter.base.short if adapter.base else None,
+            "tokenizer_fingerprint": asdict(adapter.tokenizer) if adapter.tokenizer else None,
+            "origin": adapter.origin,
+            "modules": [asdict(module) for module in self.modules],
+            "dead": [module.path for module in self.modules if module.dead],
+            "suggested": {"r": suggested[0], "rank_pattern": suggested[1]} if suggested else None,
+        }
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One module in two adapters: ‖A − B‖ / ‖A‖, the cosine of the two updates, and φ of their directions."""
+
+    path: str
+    kind: str
+    relative: float
+    cosine: float
+    overlap: Tensor  # [r_A, r_B]
+    width: int  # of the space in which the directions lie
+
+
+@dataclass(frozen=True)
+class Comparison:
+    config: Mapping[str, tuple[object, object]]  # the keys of adapter_config.json that differ
+    only: tuple[tuple[str, ...], tuple[str, ...]]  # modules of A alone, of B alone
+    same_base: bool | None  # None where one does not say
+    pairs: tuple[Pair, ...]
+
+    def as_dict(self) -> dict:
+        return {
+            "config": {key: list(values) for key, values in self.config.items()},
+            "only_in_a": list(self.only[0]),
+            "only_in_b": list(self.only[1]),
+            "same_base": self.same_base,
+            "modules": [asdict(pair) | {"overlap": pair.overlap.tolist()} for pair in self.pairs],
+        }
+
+
+def inspect_adapter(
+    folder: Path,
+    base: Base | None = None,
+    *,
+    find_intruders: bool = False,
+    allow_base_mismatch: bool = False,
+    progress: Callable[[str], None] = lambda path: None,
+) -> Inspection:
+    """Measure every module of an adapter, one after the other; with `base`, beside the weight that it changes."""
+    adapter = load_adapter(folder)
+    read = _weights(adapter, base, allow_base_mismatch) if base else lambda path: None
+    modules = []
+    for path in adapter.layers:
+        progress(path)
+        modules.append(_measured(adapter, path, read(path), find_intruders))
+    return Inspection(adapter, folder, tuple(modules))
+
+
+def compare_adapters(first: Path, second: Path, side: Side = "input") -> Comparison:
+    """Two adapters side by side. Raises ModelError where they see a module in different shapes."""
+    a, b = load_adapter(first), load_adapter(second)
+    if problems := shape_problems([Term(a, name=str(first)), Term(b, name=str(second))]):
+        raise ModelError(*problems[:3])
+    configs = to_peft(a.config), to_peft(b.config)
+    both = [path for path in a.layers if path in b.layers]
+    return Comparison(
+        config={key: (configs[0][key], configs[1][key]) for key in configs[0] if configs[0][key] != configs[1][key]},
+        only=(
+            tuple(path for path in a.layers if path not in b.layers),
+            tuple(p for p in b.layers if p not in a.layers),
+        ),
+        same_base=not a.base.differences(b.base) if a.base and b.base else None,
+        pairs=tuple(_pair(path, _spectrum(a, path), _spectrum(b, path), side) for path in both),
+    )
+
+
+def mean_overlap(pairs: list[Pair]) -> Tensor:
+    """[r_A, r_B]: φ averaged over the modules that have so many directions."""
+    rows, columns = (max((pair.overlap.shape[side] for pair in pairs), default=0) for side in (0, 1))
+    total, count = (torch.zeros(rows, columns, dtype=torch.float64) for _ in range(2))
+    for pair in pairs:
+        i, j = pair.overlap.shape
+        total[:i, :j] += pair.overlap
+        count[:i, :j] += 1
+    return total / count.clamp(min=1)
+
+
+def _weights(adapter: Adapter, base: Base, allow: bool) -> Callable[[str], Tensor]:
+    adapter.check_base(fingerprint(base.folder), base.folder, allow=allow)
+    where, stored = places(base.folder, adapter), stored_tensors(base.folder)
+    return lambda path: read_weight(stored[where[path].tensor], transposed=where[path].transposed).float()
+
+
+def _measured(adapter: Adapter, path: str, W: Tensor | None, find_intruders: bool) -> Module:
+    factors, scale = adapter.layers[path], adapter.config.at(path).scale
+    found = of_factors(Factors(factors.A, factors.B), scale)
+    update = None if W is None else factors.merge_into(W, scale) - W
+    norm = found.norm if update is None else float(update.norm())
+    return Module(
+        path=path,
+        kind=kind_of(path),
+        shape=(len(factors.B), factors.A.shape[1]),
+        r=len(factors.A),
+        norm=norm,
+        relative=None if W is None else norm / float(W.norm()),
+        effective_rank=effective_rank(found.S),
+        energy_rank=found.rank_of_energy(ENERGY),
+        intruders=intruders(W, update) if find_intruders and W is not None else None,
+        dead=not factors.act(),
+        singular_values=tuple(found.S.tolist()),
+    )
+
+
+def _spectrum(adapter: Adapter, path: str) -> SVD:
+    factors = adapter.layers[path]
+    return of_factors(factors, adapter.config.at(path).scale)
+
+
+def _pair(path: str, a: SVD, b: SVD, side: Side) -> Pair:
+    inner = inner_product(a, b)
+    difference = sqrt(max(0.0, a.norm**2 + b.norm**2 - 2 * inner))
+    return Pair(
+        path=path,
+        kind=kind_of(path),
+        relative=difference / a.norm if a.norm else float(b.norm > 0),
+        cosine=inner / (a.norm * b.norm) if a.norm and b.norm else 0.0,
+        overlap=overlap(a, b, side),
+        width=len(a.V if side == "input" else a.U),
+    )
