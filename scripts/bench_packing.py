@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from lora_cli.data.collate import collate
-from lora_cli.data.pipeline import epoch_length, plan, steps
+from lora_cli.data.order import epoch_length, plan, steps
 from lora_cli.data.types import Batch, Example
 from lora_cli.models.load import default_device
 from lora_cli.objectives.sft import sft

@@ -19,10 +19,12 @@ def check(
 ) -> None:
     """Prove a recipe, its rows, template, targets and disk before training: `lora check recipe.yaml`."""
     from lora_cli.cli.console import show_json
+    from lora_cli.cli.tokenizing import tokenizing
     from lora_cli.recipe.reader import read_recipe
     from lora_cli.runs.check import check as examine
 
-    report = examine(read_recipe(recipe, set_ or []))
+    with tokenizing() as progress:
+        report = examine(read_recipe(recipe, set_ or []), progress)
     if json:
         show_json(_as_json(report))
     else:

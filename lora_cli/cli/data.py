@@ -28,6 +28,7 @@ def data(
 ) -> None:
     """Show rows as tokens, exactly as they are trained: `lora data recipe.yaml --row 17`."""
     from lora_cli.cli.console import show_json
+    from lora_cli.cli.tokenizing import tokenizing
     from lora_cli.errors import Problem, RecipeError
     from lora_cli.recipe.reader import read_recipe
     from lora_cli.runs.shown import Asked, chosen, packed_step, prepare_rows
@@ -35,7 +36,8 @@ def data(
     if packed and (row or source or held_out):
         what = "`--packed` shows the rows of a step, and takes neither `--row` nor `--source` nor `--held-out`"
         raise RecipeError(Problem(what, fix="choose the step with `--step`"))
-    prepared = prepare_rows(read_recipe(recipe, set_ or []))
+    with tokenizing() as progress:
+        prepared = prepare_rows(read_recipe(recipe, set_ or []), progress)
     if packed:
         rows = packed_step(prepared, step)
         show_json(_packed_json(prepared, rows[:limit], step)) if json else _show_packed(
@@ -44,7 +46,7 @@ def data(
         return
     found = chosen(prepared, Asked(row, source, held_out))
     if json:
-        show_json({"examples": [_as_json(prepared, example) for example in found[:limit]], "found": len(found)})
+        show_json({"examples": [_as_json(prepared, *shown) for shown in found.first(limit)], "found": len(found)})
     else:
         _show(prepared, found, limit, tokens)
 
@@ -52,8 +54,8 @@ def data(
 def _show(prepared, found, limit: int, borders: bool) -> None:
     from lora_cli.cli.console import note, show
 
-    for example in found[:limit]:
-        _show_example(prepared, example, borders)
+    for example, held_out in found.first(limit):
+        _show_example(prepared, example, held_out, borders)
         show("")
     if len(found) > limit:
         note(f"{limit:,} of {len(found):,} examples; `--limit` and `--row` show others", style="dim")
@@ -67,19 +69,19 @@ def _show_packed(prepared, rows, step: int, limit: int, borders: bool) -> None:
         documents = f"{len(row)} document{'s' * (len(row) > 1)}"
         show(f"═══ step {step} · row {number} of {len(rows)} · {documents} · {count} tokens", style="bold")
         for example in row:
-            _show_example(prepared, example, borders)
+            _show_example(prepared, example, False, borders)
         show("")
     if len(rows) > limit:
         note(f"{limit:,} of {len(rows):,} rows; `--limit` shows more", style="dim")
 
 
-def _show_example(prepared, example, borders: bool) -> None:
+def _show_example(prepared, example, held_out: bool, borders: bool) -> None:
     from rich.text import Text
 
     from lora_cli.cli.console import inert, out, show
 
     trained = sum(weight > 0 for weight in example.weights)
-    side = " · held out" if prepared.is_held_out(example) else ""
+    side = " · held out" if held_out else ""
     label = prepared.label(example)
     learned = f"{trained} trained" if label is None else f"label {inert(label)}"
     header = f"{inert(str(example.row))} · {len(example.input_ids)} tokens · {learned} · cut {example.cut}{side}"
@@ -109,11 +111,11 @@ def _visible(text: str) -> str:
     return inert(text).replace("\n", "⏎\n")
 
 
-def _as_json(prepared, example) -> dict:
+def _as_json(prepared, example, held_out: bool) -> dict:
     return {
         "source": example.row.source,
         "row": example.row.number,
-        "held_out": prepared.is_held_out(example),
+        "held_out": held_out,
         "cut": example.cut,
         **({} if example.label is None else {"label": prepared.label(example)}),
         "input_ids": example.input_ids,
@@ -123,4 +125,7 @@ def _as_json(prepared, example) -> dict:
 
 
 def _packed_json(prepared, rows, step: int) -> dict:
-    return {"step": step, "rows": [{"documents": [_as_json(prepared, example) for example in row]} for row in rows]}
+    return {
+        "step": step,
+        "rows": [{"documents": [_as_json(prepared, example, False) for example in row]} for row in rows],
+    }

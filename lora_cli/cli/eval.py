@@ -49,6 +49,7 @@ def eval_(
 
 
 def _compare(recipe, adapter, base, data, overrides, allow):
+    from lora_cli.cli.tokenizing import tokenizing
     from lora_cli.recipe.reader import read_recipe
     from lora_cli.recipe.schema import Model
     from lora_cli.runs.evaluate import check_task, compare, load_resident, rows_of_recipe
@@ -63,11 +64,12 @@ def _compare(recipe, adapter, base, data, overrides, allow):
     loaded = load_resident(adapter or [], model, allow_base_mismatch=allow)
     if found:
         check_task(loaded, found, adapter)
-    rows = (
-        rows_of_file(data, loaded.tokenizer, found.recipe.data if found else None, loaded.labels or None)
-        if data
-        else rows_of_recipe(found, loaded)
-    )
+    with tokenizing() as progress:
+        rows = (
+            rows_of_file(data, loaded.tokenizer, found.recipe.data if found else None, loaded.labels or None, progress)
+            if data
+            else rows_of_recipe(found, loaded, progress)
+        )
     return compare(loaded, *rows), loaded.base.name
 
 

@@ -74,6 +74,7 @@ def _train(loaded, folder, *, resume: bool, overwrite: bool, allow_change: list[
 
     from lora_cli.cli.console import note
     from lora_cli.cli.launch import is_first_worker, leave_hanging
+    from lora_cli.cli.tokenizing import tokenizing
     from lora_cli.runs.train import execute, prepare
     from lora_cli.signals import noted
     from lora_cli.train.parallel import leave_group, quiet_unless_first
@@ -84,7 +85,8 @@ def _train(loaded, folder, *, resume: bool, overwrite: bool, allow_change: list[
             note(f"--allow-change {field}: where it has changed, the result may be another one", style="yellow")
     # Nobody else can write there before anything is read, and nothing is touched until what can fail early has not
     with folder.held(resume=resume, overwrite=overwrite) if is_first_worker() else nullcontext() as hold:
-        run = prepare(loaded, folder)
+        with tokenizing() as progress:
+            run = prepare(loaded, folder, progress)
         with noted(grace) as signals:
             if hold and (aside := hold.begin()):
                 note(f"the old run was moved to {aside}")

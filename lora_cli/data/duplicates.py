@@ -1,4 +1,4 @@
-"""Examples that say the same: equal ones by their tokens, near ones by MinHash (Broder 1997).
+"""Examples that say the same: equal ones by a digest of their tokens, near ones by MinHash (Broder 1997).
 
     tokens -> shingles of 5 tokens -> the least hash under each of 64 functions -> 16 bands of 4: rows that share a band
     are compared, and are near if 80 % of the least hashes agree, which estimates the overlap of their shingles
@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from lora_cli.data.examples import Examples
 from lora_cli.data.types import Example
 
 SHINGLE = 5  # tokens
@@ -21,16 +22,23 @@ FEW = 10  # examples that may share a shingle in any case
 Hashes = NDArray[np.uint64]
 
 
-def key(example: Example) -> tuple[bytes, int]:
-    """Equal for examples of equal tokens and equal length before max_length."""
-    return np.asarray(example.input_ids, "<i8").tobytes(), example.cut
-
-
 def exact_duplicates(examples: Sequence[Example]) -> list[tuple[int, int]]:
     """(place, place of the first equal one) of each example that was there before."""
-    first: dict[tuple[bytes, int], int] = {}
-    found = [(place, first.setdefault(key(example), place)) for place, example in enumerate(examples)]
-    return [(place, before) for place, before in found if place != before]
+    one, other = _digests(Examples.of(examples)).T
+    _, first, which = np.unique(one, return_index=True, return_inverse=True)
+    before = first[which]
+    places = np.flatnonzero((before != np.arange(len(one))) & (other == other[before]))
+    return list(zip(places.tolist(), before[places].tolist(), strict=True))
+
+
+def found_in(examples: Sequence[Example], others: Sequence[Example]) -> list[tuple[int, int]]:
+    """(place, place of the last equal one among the others) of each example that stands among them too."""
+    (one, two), (one_of_others, two_of_others) = (_digests(Examples.of(found)).T for found in (examples, others))
+    ranked = np.argsort(one_of_others, kind="stable")
+    at = np.searchsorted(one_of_others[ranked], one, side="right") - 1
+    match = ranked[np.maximum(at, 0)]
+    places = np.flatnonzero((at >= 0) & (one_of_others[match] == one) & (two_of_others[match] == two))
+    return list(zip(places.tolist(), match[places].tolist(), strict=True))
 
 
 def near_duplicates(examples: Sequence[Example]) -> list[tuple[int, int]]:
@@ -40,6 +48,21 @@ def near_duplicates(examples: Sequence[Example]) -> list[tuple[int, int]]:
     distinct = _without_template([_shingles(examples[place].input_ids) for place in places])
     signed = [(place, _signature(shingles)) for place, shingles in zip(places, distinct, strict=True) if len(shingles)]
     return list(_near(signed))
+
+
+def _digests(examples: Examples) -> Hashes:
+    """[examples, 2]: 128 bits that are equal for examples of equal tokens and equal length before max_length."""
+    digests = np.zeros((len(examples), 2), np.uint64)
+    cuts = examples.column("cut").astype(np.uint64)
+    for block in examples.blocks():
+        rows = slice(block.place, block.place + len(block.lengths))
+        filled = block.lengths > 0
+        salted = block.tokens.astype(np.uint64) | (block.within.astype(np.uint64) << np.uint64(32))
+        for half in range(2):
+            mixed = _mixed(salted + np.uint64(half))
+            digests[rows, half][filled] = np.add.reduceat(mixed, block.starts[filled]) if filled.any() else 0
+            digests[rows, half] += _mixed(cuts[rows] + np.uint64(half + 2))
+    return digests
 
 
 def _shingles(ids: Sequence[int]) -> Hashes:

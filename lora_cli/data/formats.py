@@ -4,6 +4,7 @@ Every function raises BadRow where the row does not fit, and NothingToLearn wher
 """
 
 import json
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -140,6 +141,16 @@ def labelled(row: Columns) -> Labelled:
     return Labelled(_answer(row, "text"), str(label), pair)
 
 
+def labels_in(items: Sequence[Item]) -> list[str]:
+    """The labels of the rows, sorted."""
+    return sorted_labels({item.label for item in items if isinstance(item, Labelled)})
+
+
+def sorted_labels(labels: Collection[str]) -> list[str]:
+    """As numbers where all are."""
+    return sorted(labels, key=int if all(WHOLE_NUMBER.fullmatch(label) for label in labels) else None)
+
+
 def _ids(row: Columns, name: str) -> list[int]:
     value = row.get(name)
     if value is None:
@@ -249,6 +260,7 @@ def _string(row: Columns, name: str, place: str = "") -> str:
 
 
 LABELLED = "labelled"
+WHOLE_NUMBER = re.compile(r"-?[0-9]{1,18}")
 COMPLETIONS = ("completion", "response", "output")
 
 # In the order in which `auto` tries them: tatsu-lab/alpaca, for one, has a `text` column beside its three

@@ -19,12 +19,14 @@ A text that is classified is what the tokenizer makes of it, its special tokens 
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from lora_cli.data.chat_template import Tools, check_size, rendered, tokenized
+from lora_cli.data.encoder import Encoder
 from lora_cli.data.sources import quote
 from lora_cli.data.types import (
     BadRow,
@@ -39,7 +41,7 @@ from lora_cli.data.types import (
     Span,
     Text,
 )
-from lora_cli.errors import DataError, ModelError, Problem
+from lora_cli.errors import DataError, ModelError, Problem, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -83,6 +85,8 @@ class Renderer:
         self.special = {id for id, token in added.items() if token.special} | set(tokenizer.all_special_ids)
         own = tokenizer("")["input_ids"]  # what the tokenizer puts around a text by itself
         self._bos = own[:1] if own[:1] == [tokenizer.bos_token_id] else []
+        self._encode = Encoder(tokenizer)
+        self._foreseen: dict[Hashable, tuple[str, object]] = {}  # texts, and what keeps their keys unique
 
     def render(self, item: Item, row: RowId) -> list[Example]:
         """One example; or several for a conversation whose template renders earlier turns anew (see above).
@@ -104,6 +108,25 @@ class Renderer:
         if self.train_on == "all":
             tokens = _all_trained(tokens)
         return [Example(input_ids, weights, row) for input_ids, weights in tokens]
+
+    def foresee(self, items: Iterable[Item]) -> None:
+        """Tokenize together what `render` will ask for one by one; it changes nothing but the time that takes."""
+        self._foreseen = {}
+        texts: list[str] = []
+        for item in items:
+            try:
+                texts += self._texts(item)
+            except BadRow:  # `render` comes upon it too
+                continue
+            except UserError:
+                break
+        self._encode.learn(texts)
+
+    def meet(self, items: Iterable[Item]) -> None:
+        """Take the labels of the items for some that are learned, numbered as they come."""
+        for item in items:
+            if isinstance(item, Labelled):
+                self.labels.setdefault(item.label, len(self.labels))
 
     def chat_prompt(self, messages: Sequence[Message], tools: Tools = ()) -> list[int]:
         """The tokens before the assistant's next turn."""
@@ -167,6 +190,21 @@ class Renderer:
             )
             raise DataError(Problem(what, fix="raise `data.max_length`"))
         return self.max_length
+
+    def _texts(self, item: Item) -> Iterator[str]:
+        """What is tokenized of an item, as far as it can be known."""
+        if isinstance(item, Instruction):
+            item = as_conversation(item) if self.has_template else as_text(item)
+        if isinstance(item, Text):
+            yield from accumulate(span.text for span in item.spans)
+        if not isinstance(item, Conversation):
+            return
+        messages = CHOOSE[self.train_on](item.messages)
+        for end in (end for end, message in enumerate(messages, 1) if message.train and end > 1):
+            for shown, asks in ((messages[: end - 1], True), (messages[:end], False)):
+                text = self._template(shown, item.tools, add_generation_prompt=asks)
+                self._foreseen[_key(shown, item.tools, asks)] = text, (shown, item.tools)
+                yield text
 
     def _all_is_read(self, talk: Conversation) -> None:
         """BadRow for tools, calls or reasoning that the template leaves out: the model would never see them."""
@@ -330,10 +368,9 @@ class Renderer:
                     fix="take the instruct variant of `model.base`, or bring the rows into the format `completion`",
                 )
             )
+        if foreseen := self._foreseen.get(_key(messages, tools, add_generation_prompt)):
+            return foreseen[0]
         return rendered(self.tokenizer, _plain(messages), tools, add_generation_prompt=add_generation_prompt)
-
-    def _encode(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
 
     def _decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -390,6 +427,11 @@ def as_text(item: Instruction) -> Text:
     prompt = ALPACA_WITH_INPUT if item.input else ALPACA
     prompt = prompt.format(instruction=item.instruction, input=item.input)
     return Text((Span(prompt, train=False), Span(item.output, train=True)))
+
+
+def _key(messages: Sequence[Message], tools: Tools, add_generation_prompt: bool) -> Hashable:
+    """Of these very messages, which are not hashable: unique as long as they are kept."""
+    return tuple(map(id, messages)), id(tools), add_generation_prompt
 
 
 def _plain(messages: Sequence[Message]) -> list[dict[str, Any]]:

@@ -1,19 +1,25 @@
 """Rows from files and from the hub: jsonl, json, csv, tsv, parquet, txt, hub id -> (RowId, columns).
 
-Files may be compressed (gz, zst), and UTF-8 or UTF-16; lines and columns are those of the text inside. A row that cannot be read comes as a Problem in the place of its columns, so that the caller sees all of them. Lines are
-counted as editors count them, from 1, and columns are characters.
+Rows come as a stream, so a source may be larger than memory (but for .json, which is one value). They come in two
+steps: `raw_rows` cuts a source into rows, which one process does, and `columns_of` reads one, which any process can.
+
+Files may be compressed (gz, zst), and UTF-8 or UTF-16; lines and columns are those of the text inside. A row that
+cannot be read comes as a Problem in the place of its columns, so that the caller sees all of them. Lines are counted
+as editors count them, from 1, and columns are characters.
 """
 
 import codecs
 import csv
 import difflib
 import gzip
+import hashlib
 import io
 import json
 import re
 import sys
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -26,6 +32,7 @@ from lora_cli.recipe.schema import Source
 
 Columns = dict[str, Any]
 Row = tuple[RowId, Columns | Problem]
+Raw = str | Columns | Problem  # a row as it is cut from its source: a line of JSON, or what needs no more reading
 
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -44,29 +51,76 @@ MARKS = (
 )
 
 
+@dataclass
+class Gauge:
+    """How far a source has been read; its reader sets it."""
+
+    position: Callable[[], int] = lambda: 0
+    size: int = 1
+
+    @property
+    def share(self) -> float:
+        return min(1.0, self.position() / max(1, self.size))
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A file, how the recipe names it, and who watches it being read."""
+
+    path: Path
+    name: str
+    gauge: Gauge
+
+
 def rows(source: str | Source, *, folder: Path) -> Iterator[Row]:
     """The rows of one source, in its own order; a path is relative to `folder`, the recipe's.
 
     Raises DataError, at the first row, for a source that cannot be opened or has no rows in a known form.
     """
-    source = Source(source=source) if isinstance(source, str) else source
+    return ((row, columns_of(row, raw)) for row, raw in raw_rows(source, folder=folder))
+
+
+def raw_rows(source: str | Source, *, folder: Path, gauge: Gauge | None = None) -> Iterator[tuple[RowId, Raw]]:
+    """The rows as they are cut from the source; raises what `rows` raises."""
+    source, gauge = Source(source=source) if isinstance(source, str) else source, gauge or Gauge()
     if not is_path(source, folder):
-        yield from _hub(source)
+        yield from _hub(source, gauge)
         return
-    path = _file(source.source, folder)
-    if of_hub := [key for key in ("split", "config", "revision") if key in source.model_fields_set]:
-        what = f"`{source.source}` is a file, and a file has no `{of_hub[0]}`"
-        raise DataError(Problem(what, where=str(path), fix=f"leave `{of_hub[0]}` out"))
+    file = DataFile(_file(source, folder), source.source, gauge)
     try:
-        yield from READERS[_form(path.name)](path, source.source)
+        yield from READERS[_form(file.path.name)](file)
     except (EOFError, gzip.BadGzipFile, zlib.error, *_zstd_errors()) as error:
-        what = f"`{source.source}` is damaged: {quote(first_line(error))}"
-        raise DataError(Problem(what, where=str(path), fix="get the file anew")) from error
+        what = f"`{file.name}` is damaged: {quote(first_line(error))}"
+        raise DataError(Problem(what, where=str(file.path), fix="get the file anew")) from error
     except UnicodeError as error:  # of UTF-16 and UTF-32; lines that are not UTF-8 are told one by one
-        what = f"`{source.source}` is not what its byte order mark says: {quote(first_line(error))}"
-        raise DataError(Problem(what, where=str(path), fix="save the file as UTF-8")) from error
+        what = f"`{file.name}` is not what its byte order mark says: {quote(first_line(error))}"
+        raise DataError(Problem(what, where=str(file.path), fix="save the file as UTF-8")) from error
     except OSError as error:
-        raise DataError(Problem(f"`{source.source}` cannot be read: {error.strerror}", where=str(path))) from error
+        raise _unreadable(file.name, file.path, error) from error
+
+
+def columns_of(row: RowId, raw: Raw) -> Columns | Problem:
+    return _object(raw, row) if isinstance(raw, str) else raw
+
+
+def content(source: Source, folder: Path) -> str:
+    """What is equal as long as the source holds the same: a digest of its bytes, or how `datasets` tells its tables."""
+    if not is_path(source, folder):
+        return str(_dataset(source)._fingerprint)
+    path = _file(source, folder)
+    try:
+        with path.open("rb", buffering=0) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise _unreadable(source.source, path, error) from error
+
+
+def stamp(source: Source, folder: Path) -> tuple[int, int] | None:
+    """Changes when someone writes to the file meanwhile; None for what is no file."""
+    if not is_path(source, folder):
+        return None
+    found = _file(source, folder).stat()
+    return found.st_size, found.st_mtime_ns
 
 
 def label(source: Source) -> str:
@@ -98,8 +152,16 @@ def quote(line: str, column: int = 1) -> str:
     return ("…" if start else "") + inert + ("…" if start + QUOTED < len(line) else "")
 
 
-def _file(source: str, folder: Path) -> Path:
+def _unreadable(name: str, path: Path, error: OSError) -> DataError:
+    return DataError(Problem(f"`{name}` cannot be read: {error.strerror}", where=str(path)))
+
+
+def _file(entry: Source, folder: Path) -> Path:
+    source = entry.source
     path = folder / Path(source).expanduser()
+    if of_hub := [key for key in ("split", "config", "revision") if key in entry.model_fields_set]:
+        what = f"`{source}` is a file, and a file has no `{of_hub[0]}`"
+        raise DataError(Problem(what, where=str(path), fix=f"leave `{of_hub[0]}` out"))
     known = f"{', '.join(READERS)} (and those with {' or '.join(OPENERS)} behind it)"
     if path.is_dir():
         inside = [f"`{source.rstrip('/')}/{name}`" for name in _data_files(path)]
@@ -128,17 +190,15 @@ def _data_files(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if _form(path.name) in READERS)
 
 
-def _jsonl(path: Path, source: str) -> Iterator[Row]:
-    for row, line in _row_lines(path, source):
-        if isinstance(line, Problem):
+def _jsonl(file: DataFile) -> Iterator[tuple[RowId, Raw]]:
+    for row, line in _row_lines(file):
+        if isinstance(line, Problem) or line.strip():
             yield row, line
-        elif line.strip():
-            yield row, _object(line, row)
 
 
-def _row_lines(path: Path, source: str) -> Iterator[tuple[RowId, str | Problem]]:
+def _row_lines(file: DataFile) -> Iterator[tuple[RowId, str | Problem]]:
     """Lines of which each is a row; one above MOST_LINE_BYTES is a Problem."""
-    for row, line in _lines(path, source):
+    for row, line in _lines(file):
         too_long = isinstance(line, str) and len(line) > MOST_LINE_BYTES // 4 and len(line.encode()) > MOST_LINE_BYTES
         yield row, _too_long(line, row) if too_long else line
 
@@ -148,18 +208,19 @@ def _too_long(line: str, row: RowId) -> Problem:
     return Problem(what, where=str(row), line=quote(line), fix="cut the document into several rows")
 
 
-def _lines(path: Path, source: str) -> Iterator[tuple[RowId, str | Problem]]:
+def _lines(file: DataFile) -> Iterator[tuple[RowId, str | Problem]]:
     """Lines without their ends (LF or CRLF) and without a byte order mark.
 
     A line that is not UTF-8, or that holds a NUL byte, is a Problem.
     """
-    with _opened(path) as file:
-        encoding = next((encoding for mark, encoding in MARKS if file.peek(4).startswith(mark)), None)
+    with file.path.open("rb", buffering=0) as stored, _inside(stored, file.path) as opened:
+        file.gauge.position, file.gauge.size = stored.tell, file.path.stat().st_size
+        encoding = next((encoding for mark, encoding in MARKS if opened.peek(4).startswith(mark)), None)
         # kept until the file is closed, for a wrapper that is dropped before warns of a file left open
-        wrapped = io.TextIOWrapper(file, encoding, newline="\n") if encoding else None
-        lines = (line.encode() for line in wrapped) if wrapped else file
+        wrapped = io.TextIOWrapper(opened, encoding, newline="\n") if encoding else None
+        lines = (line.encode() for line in wrapped) if wrapped else opened
         for number, raw in enumerate(lines, 1):
-            row = RowId(source, number)
+            row = RowId(file.name, number)
             raw = raw.removesuffix(b"\n").removesuffix(b"\r")
             try:
                 text = raw.decode()
@@ -168,20 +229,25 @@ def _lines(path: Path, source: str) -> Iterator[tuple[RowId, str | Problem]]:
                 continue
             text = text.removeprefix("\ufeff") if number == 1 else text
             yield row, _holds_nul(text, row) if "\0" in text else text
+        file.gauge.position = lambda: file.gauge.size  # the file is closed now
 
 
-def _opened(path: Path) -> io.BufferedReader:
+def _inside(stored: io.FileIO, path: Path) -> io.BufferedReader:
     """The bytes inside a file."""
     opener = OPENERS.get(path.suffix.lower())
-    return io.BufferedReader(opener(path) if opener else path.open("rb", buffering=0))
+    return io.BufferedReader(opener(stored) if opener else stored)
 
 
-def _zst(path: Path) -> Any:
+def _gz(stored: io.FileIO) -> gzip.GzipFile:
+    return gzip.GzipFile(fileobj=stored)
+
+
+def _zst(stored: io.FileIO) -> Any:
     zstd = _zstd()
     if zstd is None:
         fix = "`pip install zstandard`, or unpack the file with `zstd -d`"
-        raise DataError(Problem("a .zst file needs the package `zstandard`", where=str(path), fix=fix))
-    return zstd.open(path, "rb")
+        raise DataError(Problem("a .zst file needs the package `zstandard`", where=str(stored.name), fix=fix))
+    return zstd.open(stored, "rb")
 
 
 def _zstd() -> ModuleType | None:
@@ -256,15 +322,16 @@ def _kind(value: Any) -> str:
     return names.get(type(value), "a number")
 
 
-def _json(path: Path, source: str) -> Iterator[Row]:
-    for number, value in enumerate(_json_list(path, source), 1):
-        row = RowId(source, number, is_line=False)
+def _json(file: DataFile) -> Iterator[tuple[RowId, Raw]]:
+    for number, value in enumerate(_json_list(file), 1):
+        row = RowId(file.name, number, is_line=False)
         bad = Problem(f"a row is an object, not {_kind(value)}", where=str(row))
         yield row, value if isinstance(value, dict) else bad
 
 
-def _json_list(path: Path, source: str) -> list[Any]:
-    lines = list(_lines(path, source)) or [(RowId(source, 1), "")]
+def _json_list(file: DataFile) -> list[Any]:
+    source = file.name
+    lines = list(_lines(file)) or [(RowId(source, 1), "")]
     for _, line in lines:
         if isinstance(line, Problem):
             raise DataError(line)
@@ -291,27 +358,27 @@ def _json_list(path: Path, source: str) -> list[Any]:
     raise DataError(
         Problem(
             f"`{source}` holds no list of rows" if not lists else f"`{source}` holds {len(lists)} lists",
-            where=str(path),
+            where=str(file.path),
             fix="bring the rows into one list of objects, or into an object with one such list",
         )
     )
 
 
-def _csv(path: Path, source: str, delimiter: str = ",") -> Iterator[Row]:
+def _csv(file: DataFile, delimiter: str = ",") -> Iterator[tuple[RowId, Raw]]:
     """Quoted cells may hold line ends: a record is named by its first line. Every cell is text."""
     csv.field_size_limit(sys.maxsize)
     read = 0  # lines that the records so far have taken
     header: list[str] | None = None
-    reader = csv.reader(_csv_lines(path, source), delimiter=delimiter, strict=True)
+    reader = csv.reader(_csv_lines(file), delimiter=delimiter, strict=True)
     while True:
-        row = RowId(source, read + 1)
+        row = RowId(file.name, read + 1)
         try:
             cells = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
             where, fix = (
-                str(RowId(source, reader.line_num)),
+                str(RowId(file.name, reader.line_num)),
                 "close every quotation mark, and double those inside a cell",
             )
             raise DataError(Problem(f"not CSV: {error}", where=where, fix=fix)) from error
@@ -322,8 +389,8 @@ def _csv(path: Path, source: str, delimiter: str = ",") -> Iterator[Row]:
             yield row, _record(header, cells, row)
 
 
-def _csv_lines(path: Path, source: str) -> Iterator[str]:
-    for _, line in _lines(path, source):
+def _csv_lines(file: DataFile) -> Iterator[str]:
+    for _, line in _lines(file):
         if isinstance(line, Problem):
             raise DataError(line)
         yield line + "\n"
@@ -348,41 +415,50 @@ def _record(header: list[str], cells: list[str], row: RowId) -> Columns | Proble
     )
 
 
-def _parquet(path: Path, source: str) -> Iterator[Row]:
+def _parquet(file: DataFile) -> Iterator[tuple[RowId, Raw]]:
     import pyarrow
     from pyarrow import parquet
 
-    if path.suffix.lower() in OPENERS:
-        what = f"`{source}` is compressed, and a Parquet file is so by itself"
-        raise DataError(Problem(what, where=str(path), fix="unpack it"))
+    if file.path.suffix.lower() in OPENERS:
+        what = f"`{file.name}` is compressed, and a Parquet file is so by itself"
+        raise DataError(Problem(what, where=str(file.path), fix="unpack it"))
+    number = 0
     try:
-        number = 0
-        with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
+        with parquet.ParquetFile(file.path) as table:
+            file.gauge.position, file.gauge.size = lambda: number, table.metadata.num_rows
+            for batch in table.iter_batches(batch_size=1024):
                 for columns in batch.to_pylist():
                     number += 1
-                    yield RowId(source, number, is_line=False), columns
+                    yield RowId(file.name, number, is_line=False), columns
     except pyarrow.ArrowException as error:
         raise DataError(
-            Problem(f"not Parquet: {quote(str(error))}", where=str(path), fix="get the file anew")
+            Problem(f"not Parquet: {quote(str(error))}", where=str(file.path), fix="get the file anew")
         ) from error
 
 
-def _txt(path: Path, source: str) -> Iterator[Row]:
+def _txt(file: DataFile) -> Iterator[tuple[RowId, Raw]]:
     """Each line that is not blank is one document; documents of several lines belong in jsonl, as {"text": …}."""
-    for row, line in _row_lines(path, source):
+    for row, line in _row_lines(file):
         if isinstance(line, Problem):
             yield row, line
         elif line.strip():
             yield row, {"text": line}
 
 
-def _hub(source: Source) -> Iterator[Row]:
-    """The split of a dataset on the hub."""
+def _hub(source: Source, gauge: Gauge) -> Iterator[tuple[RowId, Raw]]:
+    """The split of a dataset on the hub, which `datasets` maps from its own files."""
+    split, number = _dataset(source), 0
+    gauge.position, gauge.size = lambda: number, len(split)
+    for columns in split:
+        number += 1
+        yield RowId(label(source), number, is_line=False), columns
+
+
+def _dataset(source: Source) -> Any:
     import datasets
 
     try:
-        split = datasets.load_dataset(source.source, name=source.config, split=source.split, revision=source.revision)
+        return datasets.load_dataset(source.source, name=source.config, split=source.split, revision=source.revision)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
             Problem(
@@ -390,14 +466,12 @@ def _hub(source: Source) -> Iterator[Row]:
                 fix="check the name and the network; `hf auth login` for a gated or private one; or name a local file",
             )
         ) from error
-    for number, columns in enumerate(split, 1):
-        yield RowId(label(source), number, is_line=False), columns
 
 
 # The ending that a compressed file has behind that of its form -> a stream of what is inside
-OPENERS: dict[str, Callable[[Path], Any]] = {".gz": gzip.GzipFile, ".zst": _zst}
+OPENERS: dict[str, Callable[[io.FileIO], Any]] = {".gz": _gz, ".zst": _zst}
 
-READERS: dict[str, Callable[[Path, str], Iterator[Row]]] = {
+READERS: dict[str, Callable[[DataFile], Iterator[tuple[RowId, Raw]]]] = {
     ".jsonl": _jsonl,
     ".ndjson": _jsonl,
     ".json": _json,

@@ -6,7 +6,7 @@ Labelled text (to be classified); rendering gives an Example (tokens and their w
 (tensors).
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
@@ -164,12 +164,6 @@ class Example:
     def prompt_length(self) -> int:
         """Tokens before the first one that is learned."""
         return next((place for place, weight in enumerate(self.weights) if weight), len(self.weights))
-
-
-def sources_in(examples: Iterable[Example]) -> list[str]:
-    """The sources of the examples, in order, where there are several; else none, for there is nothing to tell apart."""
-    found = list(dict.fromkeys(example.row.source for example in examples))
-    return found if len(found) > 1 else []
 
 
 class Batch(TypedDict):

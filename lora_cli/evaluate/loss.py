@@ -7,11 +7,14 @@ from dataclasses import dataclass, field
 import torch
 from accelerate import Accelerator
 
-from lora_cli.data.types import Example, sources_in
+from lora_cli.data.examples import sources_in
+from lora_cli.data.types import Example
 from lora_cli.objectives.base import Loss, Measure
 from lora_cli.train.layout import Layout, micro_batches
 from lora_cli.train.loop import add_losses, source_losses, to_device
 from lora_cli.train.task import Task
+
+TOGETHER = 4096  # examples that are batched by length together: in memory, and far more than a forward takes
 
 
 @dataclass(frozen=True)
@@ -51,17 +54,20 @@ def held_out_loss(
     sources = sources_in(examples)
     ranks = {"rank": accelerator.process_index, "processes": accelerator.num_processes}
     losses: list[Loss] = []
+    items, tokens = 0.0, 0
     try:
         with torch.no_grad():  # shards gathered in inference mode could not be trained with afterwards
-            for _, batch in micro_batches(list(examples), layout, **ranks, sources=sources):
-                losses.append(task(to_device(batch, accelerator.device)))
-                between()
+            for start in range(0, len(examples), TOGETHER):
+                rows = list(examples[start : start + TOGETHER])
+                for _, batch in micro_batches(rows, layout, **ranks, sources=sources):
+                    losses.append(task(to_device(batch, accelerator.device)))
+                    between()
+                items += sum(row.items for row in rows)
+                tokens += sum(weight > 0 for row in rows for weight in row.weights)
     finally:
         for module, training in flags.items():
             module.training = training
     summed = add_losses(losses, accelerator)
-    items = sum(example.items for example in examples)
-    tokens = sum(weight > 0 for example in examples for weight in example.weights)
-    by_source = source_losses(summed.metrics, list(examples), sources)
+    by_source = source_losses(summed.metrics, examples, sources)
     metrics = measure(summed.metrics) if measure else {}
     return HeldOut(summed.total.item() / items, tokens, len(examples), by_source, metrics)

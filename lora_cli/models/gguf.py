@@ -3,13 +3,13 @@
 import hashlib
 import json
 import logging
-import os
 import shutil
 import tempfile
 from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
 
+from lora_cli.data.cache import user_cache
 from lora_cli.errors import ModelError, Problem, first_line
 from lora_cli.models.quiet import quiet_transformers
 
@@ -24,7 +24,7 @@ def converted_folder(file: Path) -> Path:
 
     transformers reads the file; what it marks as quantised is plain float weights by then, and is saved as such.
     """
-    folder = _cache() / f"{file.stem}-{_content_key(file)}"
+    folder = user_cache() / "gguf" / f"{file.stem}-{_content_key(file)}"
     if folder.is_dir():
         return folder
     log.info("converting %s once into %s", file.name, folder)
@@ -122,10 +122,6 @@ def _publish(draft: Path, folder: Path) -> None:
     except OSError:
         if not folder.is_dir():  # another process finished first
             raise
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora" / "gguf"
 
 
 def _content_key(file: Path) -> str:

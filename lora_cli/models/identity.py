@@ -27,7 +27,7 @@ SAMPLES = (
 def tokenizer_identity(tokenizer: "PreTrainedTokenizerBase") -> TokenizerFingerprint:
     """The same for a tokenizer and for a copy that any version of `save_pretrained` made of it.
 
-    (`models.load.tokenizer_fingerprint` is of the file's every byte, for runs that must go on to the same ones.)
+    (`data.encoder.tokenizer_fingerprint` is of the file's every byte, for runs that must go on to the same ones.)
     """
     vocabulary = sorted(tokenizer.get_vocab().items())
     template = tokenizer.chat_template

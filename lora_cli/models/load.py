@@ -1,14 +1,14 @@
 """Model and tokenizer in memory: frozen, on one device, quantised or not. What is `auto` is decided here."""
 
-import hashlib
-import json
 import logging
 from collections.abc import Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from lora_cli.data.examples import Examples
 from lora_cli.data.types import Example
 from lora_cli.errors import ModelError, Problem, SafetyError, UserError, is_out_of_memory, said
 from lora_cli.lora.base_files import weight_files
@@ -166,16 +166,6 @@ def load_tokenizer(folder: Path, *, writes: bool = True) -> "PreTrainedTokenizer
     return tokenizer
 
 
-def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """SHA-256 of all that decides how text becomes tokens: merges or vocabulary, special tokens, chat template."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    written = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
-    for way_of_the_last_call in ("padding", "truncation"):
-        written.pop(way_of_the_last_call, None)
-    special = {name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items())}
-    return hashlib.sha256(json.dumps([written, special, tokenizer.chat_template], sort_keys=True).encode()).hexdigest()
-
-
 def tokenizer_folder(run: Path | None, base: Path) -> Path:
     """Whose tokenizer counts: the run folder's where it has one, for that is what was trained with, else the base's."""
     return run if run is not None and (run / "tokenizer_config.json").is_file() else base
@@ -183,14 +173,17 @@ def tokenizer_folder(run: Path | None, base: Path) -> Path:
 
 def check_vocabulary(model: "PreTrainedModel", examples: Sequence[Example]) -> None:
     """Raise ModelError for a token that the model has no embedding for, and for a row longer than its positions."""
-    highest, row = max(((max(example.input_ids), example.row) for example in examples), key=lambda found: found[0])
-    longest = max(examples, key=lambda example: len(example.input_ids))
+    found = Examples.of(examples)
+    highest, where = max(
+        ((int(b.tokens.max()), b.place + b.example_of(b.tokens.argmax())) for b in found.blocks()), key=itemgetter(0)
+    )
+    longest = found[int(found.lengths.argmax())]
     problems = []
     if highest >= (size := model.get_input_embeddings().num_embeddings):
         problems.append(
             Problem(
                 f"the tokenizer makes token {highest}, and the model has embeddings for 0 to {size - 1}",
-                where=str(row),
+                where=str(found[where].row),
                 fix="use the tokenizer that belongs to the model: copy its files into the model's folder",
             )
         )

@@ -9,21 +9,24 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+import numpy as np
 from torch import nn
 
 from lora_cli.budget.modules import whole_of, whole_paths
 from lora_cli.budget.params import budget_of
 from lora_cli.budget.shapes import Linear
 from lora_cli.data.chat_template import tokenized
-from lora_cli.data.duplicates import key
+from lora_cli.data.duplicates import found_in
+from lora_cli.data.examples import Array, Block, Examples
 from lora_cli.data.formats import FORMATS
-from lora_cli.data.pipeline import MAX_DROPPED
+from lora_cli.data.pipeline import OnTokenized
 from lora_cli.data.render import Renderer, as_conversation
+from lora_cli.data.report import MAX_DROPPED
 from lora_cli.data.sources import label, quote, rows
 from lora_cli.data.types import BadRow, Conversation, Example, Instruction, RowId
 from lora_cli.errors import DataError, ModelError, Problem, RecipeError, SafetyError, StorageError, UserError
@@ -73,8 +76,8 @@ class Facts:
         return objective_of(self.recipe.training).kind
 
     @property
-    def examples(self) -> list[Example]:
-        return [*self.rows.train, *self.rows.held_out]
+    def examples(self) -> Examples:
+        return self.rows.all
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,7 @@ class Report:
         return [finding for finding in self.findings if finding.level == level]
 
 
-def check(loaded: LoadedRecipe) -> Report:
+def check(loaded: LoadedRecipe, progress: OnTokenized | None = None) -> Report:
     """Everything, to the end: one fault does not hide the next, unless there is nothing left to look at."""
     faults: list[Finding] = []
     model, training = loaded.recipe.model, loaded.recipe.training
@@ -113,7 +116,7 @@ def check(loaded: LoadedRecipe) -> Report:
     if base is None:
         return Report(tuple(faults), None)
     tokenizer = _made("tokenizer", lambda: load_tokenizer(base.folder, writes=labels_of(training) is None), faults)
-    found = _made("rows", lambda: load_rows(loaded, tokenizer), faults) if tokenizer else None
+    found = _made("rows", lambda: load_rows(loaded, tokenizer, progress), faults) if tokenizer else None
     head = new_head(training, found.labels if found else ())
     facts = Facts(loaded, tokenizer, found, _made("model", lambda: skeleton(base.folder, head), faults))
     findings = (*faults, *_findings(facts))
@@ -151,7 +154,7 @@ def target_paths(recipe: Recipe, model: "PreTrainedModel", whole: Sequence[str] 
 
 
 def something_is_trained(facts: Facts) -> str:
-    if idle := [example for example in facts.examples if not example.items]:
+    if idle := facts.examples.take(np.flatnonzero(facts.examples.column("trained") == 0)):
         raise DataError(
             Problem(
                 f"{len(idle):,} of {len(facts.examples):,} examples have nothing to learn within "
@@ -166,43 +169,50 @@ def something_is_trained(facts: Facts) -> str:
 
 def turns_end_on_a_stop_token(facts: Facts) -> str | Problem:
     """Every trained turn that max_length leaves whole ends on a trained special token, and some are left whole."""
-    renderer, formats = Renderer(facts.tokenizer), facts.rows.report.formats
-    examples = [example for example in facts.examples if formats.get(example.row.source) != "tokens"]
+    examples, ends = _rendered(facts), _Ends()
     if not examples:
         return "rows of tokens bring their own stop tokens"
-    cut = [example for example in examples if example.cut and example.weights[-1]]
-    whole = [(example, end) for example in examples for end in _ends(example, renderer.tagged)]
-    if missing := [(example, end) for example, end in whole if example.input_ids[end] not in renderer.special]:
-        example, end = missing[0]
+    renderer, cuts = Renderer(facts.tokenizer), examples.column("cut") > 0
+    special = np.array(sorted(renderer.special))
+    for block in examples.blocks():
+        ends.add(block, cuts[block.place :][: len(block.lengths)], special, renderer.tagged)
+    if ends.missing:
+        example = examples[ends.missing_in[0]]
         raise ModelError(
             Problem(
-                f"{len(missing):,} trained turns end without a trained stop token, so the model would never learn to stop",
-                where=_named([example for example, _ in missing]),
-                line=quote(facts.tokenizer.decode(example.input_ids[max(0, end - 15) : end + 1])),
+                f"{ends.missing:,} trained turns end without a trained stop token, so the model would never learn to stop",
+                where=_named(examples.take(ends.missing_in)),
+                line=quote(
+                    facts.tokenizer.decode(example.input_ids[max(0, ends.missing_at - 15) : ends.missing_at + 1])
+                ),
                 fix="use a tokenizer whose template writes the end token after the assistant's content",
             )
         )
     fix = f"set `data.max_length: {facts.rows.report.lengths.p99}`, which keeps 99 % of the rows whole"
-    if not whole:
+    if not ends.whole:
         what = f"`data.max_length: {facts.recipe.data.max_length}` cuts every answer before its stop token"
         raise DataError(Problem(what, fix=fix))
-    if len(cut) > MAX_DROPPED * len(examples):
-        what = f"`data.max_length: {facts.recipe.data.max_length}` cuts {len(cut):,} of {len(examples):,} answers"
+    if ends.cut > MAX_DROPPED * len(examples):
+        what = f"`data.max_length: {facts.recipe.data.max_length}` cuts {ends.cut:,} of {len(examples):,} answers"
         return Problem(f"{what} before their stop token", fix=fix)
-    stops = dict.fromkeys(facts.tokenizer.convert_ids_to_tokens(example.input_ids[end]) for example, end in whole)
-    return f"{len(whole):,} trained turns end on a trained stop token: {' '.join(islice(stops, NAMED))}"
+    stops = facts.tokenizer.convert_ids_to_tokens(list(ends.stops)[:NAMED])
+    return f"{ends.whole:,} trained turns end on a trained stop token: {' '.join(stops)}"
 
 
 def begins_once(facts: Facts) -> str:
     bos = facts.tokenizer.bos_token_id
     if bos is None:
         return "the tokenizer has no BOS"
-    if doubled := [example for example in facts.examples if example.input_ids[:2] == [bos, bos]]:
+    doubled: list[int] = []
+    for block in facts.examples.blocks():
+        second = (block.tokens[1:] == bos) & (block.tokens[:-1] == bos) & (block.within[1:] == 1)
+        doubled += (block.place + block.examples[1:][second]).tolist()
+    if doubled:
         token = facts.tokenizer.bos_token
         raise DataError(
             Problem(
                 f"{len(doubled):,} examples begin with `{token}` twice",
-                where=_named(doubled),
+                where=_named(facts.examples.take(doubled)),
                 fix=f"take `{token}` out of the data: it is added by itself",
             )
         )
@@ -213,11 +223,11 @@ def prompts_are_those_of_inference(facts: Facts) -> str:
     """On real rows: what stands before each trained answer is what `apply_chat_template` puts there at inference."""
     if not facts.tokenizer.chat_template:
         return NO_TALK
+    talks, compared = list(_conversations(facts)), 0
     kept: dict[RowId, list[Example]] = {}
-    for example in facts.examples:
+    for example in facts.examples.of_rows(row for row, _ in talks):
         kept.setdefault(example.row, []).append(example)
-    compared = 0
-    for row, talk in _conversations(facts):
+    for row, talk in talks:
         if row not in kept:
             continue  # left out, which is counted elsewhere
         prompts = list(_inference_prompts(facts.tokenizer, talk))
@@ -269,11 +279,11 @@ def held_out_rows_are_unseen(facts: Facts) -> str | Problem:
     """By tokens. A share of rows that repeat may leak a few, which is a warning; more would measure memory."""
     if not facts.rows.held_out:
         return "no rows are held out"
-    trained = {key(example): example.row for example in facts.rows.train}
-    seen = [example for example in facts.rows.held_out if key(example) in trained]
+    held_out, trained = facts.rows.held_out, facts.rows.train
+    seen = found_in(held_out, trained)
     if not seen:
         return f"none of {len(facts.rows.held_out):,} held-out examples stands in train"
-    same = ", ".join(f"{example.row} = {trained[key(example)]}" for example in seen[:NAMED])
+    same = ", ".join(f"{held_out[place].row} = {trained[of].row}" for place, of in seen[:NAMED])
     problem = Problem(
         f"{len(seen):,} of {len(facts.rows.held_out):,} held-out examples stand in train too",
         where=same + (" …" if len(seen) > NAMED else ""),
@@ -296,7 +306,8 @@ def steps_are_many(facts: Facts) -> str | Problem:
 def labels_are_balanced(facts: Facts) -> str | Problem:
     """A classifier that always names the largest class would seem good, and of a label with few rows little is learned."""
     labels = list(facts.rows.report.labels)
-    counted = Counter(dict.fromkeys(labels, 0) | Counter(labels[example.label] for example in facts.rows.train))
+    counts = np.bincount(Examples.of(facts.rows.train).labels, minlength=len(labels)).tolist()
+    counted = Counter(dict(zip(labels, counts, strict=True)))
     (most, many), (least, few) = counted.most_common()[0], counted.most_common()[-1]
     share = many / sum(counted.values())
     if not few:
@@ -309,7 +320,7 @@ def labels_are_balanced(facts: Facts) -> str | Problem:
 
 
 def rows_are_many(facts: Facts) -> str | Problem:
-    count = len({example.row for example in facts.rows.train})
+    count = len(np.unique(Examples.of(facts.rows.train).row_keys))
     if count >= FEW_ROWS:
         return f"{count:,} rows to train on"
     what = f"only {count:,} rows to train on: fewer than {FEW_ROWS} are soon learned by heart"
@@ -382,16 +393,45 @@ def _passed(name: str, proved: str | Problem) -> Finding:
     return Finding("warn", name, proved.what, proved.where, proved.line, proved.fix)
 
 
-def _ends(example: Example, tagged: bool) -> list[int]:
-    """The places at which trained turns end, but for one that max_length cuts.
+def _rendered(facts: Facts) -> Examples:
+    """The examples that were made of text."""
+    formats, examples = facts.rows.report.formats, facts.examples
+    of_tokens = [number for number, o in enumerate(examples.origins) if formats.get(o.source) == "tokens"]
+    return examples.take(np.flatnonzero(~np.isin(examples.column("origin"), of_tokens)))
 
-    With `{% generation %}` marks a turn may be trained in parts, so only the last end is known to be a turn's.
-    """
-    weights = example.weights
-    ends = [i for i, weight in enumerate(weights) if weight and (i + 1 == len(weights) or not weights[i + 1])]
-    if example.cut and ends[-1:] == [len(weights) - 1]:
-        ends = [] if tagged else ends[:-1]
-    return ends[-1:] if tagged else ends
+
+@dataclass
+class _Ends:
+    """The ends of trained turns, counted: those that max_length leaves, those without a stop token, those it cuts."""
+
+    whole: int = 0
+    cut: int = 0  # examples whose last answer is cut
+    stops: dict[int, None] = field(default_factory=dict)  # tokens that turns end on
+    missing: int = 0
+    missing_in: list[int] = field(default_factory=list)  # the examples of the first of them
+    missing_at: int = 0  # where in its example the first of them ends
+
+    def add(self, block: Block, cuts: Array, special: Array, tagged: bool) -> None:
+        """With `{% generation %}` marks a turn may be trained in parts, so only the last end is known to be a turn's."""
+        trained = block.weights > 0
+        last = block.within == np.repeat(block.lengths - 1, block.lengths)
+        ends = np.flatnonzero(trained & (last | ~np.append(trained[1:], False)))
+        example = block.examples[ends]
+        cut = last[ends] & cuts[example]
+        self.cut += int(cut.sum())
+        kept = ~np.isin(example, example[cut]) if tagged else ~cut
+        if tagged:
+            kept &= np.append(example[1:] != example[:-1], True)
+        ends, example = ends[kept], example[kept]
+        tokens = block.tokens[ends]
+        stray = np.flatnonzero(~np.isin(tokens, special))
+        if len(stray) and not self.missing:
+            self.missing_at = int(block.within[ends[stray[0]]])
+        self.whole += len(ends)
+        self.missing += len(stray)
+        self.missing_in += (block.place + np.unique(example[stray])[: NAMED + 1]).tolist()
+        _, first = np.unique(tokens, return_index=True)
+        self.stops |= dict.fromkeys(tokens[np.sort(first)].tolist())
 
 
 def _conversations(facts: Facts) -> Iterator[tuple[RowId, Conversation]]:
@@ -431,9 +471,13 @@ def _another_prompt(tokenizer: "PreTrainedTokenizerBase", example: Example, prom
     )
 
 
-def _named(examples: Sequence[Example]) -> str:
-    names = list(dict.fromkeys(str(example.row) for example in examples))
-    return ", ".join(names[:NAMED]) + (" …" if len(names) > NAMED else "")
+def _named(examples: Examples) -> str:
+    names: dict[str, None] = {}
+    for example in examples:
+        names[str(example.row)] = None
+        if len(names) > NAMED:
+            break
+    return ", ".join(islice(names, NAMED)) + (" …" if len(names) > NAMED else "")
 
 
 def _size(count: int) -> str:

@@ -1,7 +1,6 @@
 """What `auto` comes to on this device: the layout of a step and its checkpointing, planned where the base has a formula."""
 
 import logging
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -15,7 +14,7 @@ from lora_cli.budget.plan import Option
 from lora_cli.budget.shapes import shape_of
 from lora_cli.budget.speed import Rates
 from lora_cli.budget.step import Setup
-from lora_cli.data.types import Example
+from lora_cli.data.examples import Examples
 from lora_cli.errors import ModelError
 from lora_cli.models.recompute import Recompute
 from lora_cli.recipe.schema import Recipe, labels_of
@@ -46,7 +45,7 @@ class Decision:
 
 def decision(
     recipe: Recipe,
-    examples: Sequence[Example],
+    examples: Examples,
     model: "PreTrainedModel",
     *,
     dtype: torch.dtype,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from lora_cli.data.cache import MOST_BYTES, rows_cache, size
 from lora_cli.errors import first_line
 from lora_cli.models.load import default_device, has_bfloat16
 from lora_cli.train.trackers import TRACKERS
@@ -108,8 +109,16 @@ def _surroundings() -> list[Ability]:
             get_token() is not None,
             "a token is there" if get_token() else "run `hf auth login`, or set HF_TOKEN",
         ),
+        _cache(),
         Ability("write here", os.access(Path.cwd(), os.W_OK), f"{free:.0f} GB free in the current folder"),
     ]
+
+
+def _cache() -> Ability:
+    folder = rows_cache()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    held = f"{size(folder) / 1e9:.1f} GB of at most {MOST_BYTES / 1e9:.0f} in {folder}; it may be deleted at any time"
+    return Ability("keep tokenized rows", there.is_dir() and os.access(there, os.W_OK), held)
 
 
 def _memory() -> str:

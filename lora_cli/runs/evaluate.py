@@ -7,7 +7,9 @@ from pathlib import Path
 
 import torch
 
-from lora_cli.data.pipeline import DataReport
+from lora_cli.data.examples import Examples
+from lora_cli.data.pipeline import OnTokenized
+from lora_cli.data.report import DataReport
 from lora_cli.data.sources import quote
 from lora_cli.data.types import UNKNOWN_FORM, Example, PromptForm
 from lora_cli.errors import DataError, ModelError, Problem, RecipeError
@@ -149,7 +151,7 @@ def compare(loaded: Loaded, examples: Sequence[Example], report: DataReport) -> 
     accelerator = make_accelerator()
     layout = auto.layout(
         Training(),
-        longest=max(len(example.input_ids) for example in examples),
+        longest=int(Examples.of(examples).lengths.max()),
         vocabulary=len(loaded.labels) or loaded.model.config.vocab_size,
         processes=accelerator.num_processes,
         device=accelerator.device,
@@ -165,7 +167,7 @@ def compare(loaded: Loaded, examples: Sequence[Example], report: DataReport) -> 
 
 
 def majority_of(examples: Sequence[Example], labels: Sequence[str]) -> Majority:
-    actual = torch.tensor([example.label for example in examples])
+    actual = torch.from_numpy(Examples.of(examples).labels)
     most = int(actual.bincount(minlength=len(labels)).argmax())
     weights = torch.tensor([example.items for example in examples])
     sums = counts(torch.full_like(actual, most), actual, weights, len(labels))
@@ -181,9 +183,11 @@ def check_task(loaded: Loaded, recipe: LoadedRecipe, adapter_folders: Sequence[P
         raise RecipeError(Problem(what, where=str(next(iter(adapter_folders), loaded.base.folder)), fix=fix))
 
 
-def rows_of_recipe(recipe: LoadedRecipe, loaded: Loaded) -> tuple[list[Example], DataReport]:
+def rows_of_recipe(
+    recipe: LoadedRecipe, loaded: Loaded, progress: OnTokenized | None = None
+) -> tuple[Sequence[Example], DataReport]:
     """A recipe's held-out rows."""
-    rows = load_rows(recipe, loaded.tokenizer)
+    rows = load_rows(recipe, loaded.tokenizer, progress)
     if rows.labels != loaded.labels:
         there, learned = (", ".join(f"`{quote(label)}`" for label in found) for found in (rows.labels, loaded.labels))
         what = f"the rows have the labels {there}, and the classifier learned {learned}"

@@ -1,13 +1,13 @@
 """The rows of a recipe in numbers: how many, how long, what is trained, what repeats, how full the forwards are."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
 
 from lora_cli.data.duplicates import exact_duplicates, near_duplicates
-from lora_cli.data.pipeline import DataReport, steps
-from lora_cli.data.types import Example
+from lora_cli.data.examples import Array, Examples
+from lora_cli.data.order import steps
+from lora_cli.data.report import DataReport
 from lora_cli.models.load import default_device, resolve_dtype
 from lora_cli.models.recompute import setting_of
 from lora_cli.recipe.schema import Recipe, labels_of
@@ -72,7 +72,7 @@ class Figures:
 
 
 def figures_of(recipe: Recipe, rows: Rows, model: "PreTrainedModel | None") -> Figures:
-    examples = [*rows.train, *rows.held_out]
+    examples = rows.all
     decided = step_decision(recipe, examples, model) if model else None
     layout = decided.layout if decided else None
     return Figures(
@@ -80,9 +80,9 @@ def figures_of(recipe: Recipe, rows: Rows, model: "PreTrainedModel | None") -> F
         max_length=recipe.data.max_length,
         train=len(rows.train),
         held_out=len(rows.held_out),
-        tokens=sum(len(example.input_ids) for example in examples),
-        trained_tokens=_trained(examples),
-        histogram=histogram([example.full_length for example in examples], rows.report.lengths.p99),
+        tokens=examples.tokens,
+        trained_tokens=examples.trained_tokens,
+        histogram=histogram(examples.lengths + examples.column("cut"), rows.report.lengths.p99),
         repeats=_repeats(examples),
         steps=planned(recipe, rows).steps,
         examples_a_step=recipe.training.global_batch_size,
@@ -92,17 +92,17 @@ def figures_of(recipe: Recipe, rows: Rows, model: "PreTrainedModel | None") -> F
     )
 
 
-def histogram(lengths: Sequence[int], most: int) -> tuple[Bar, ...]:
+def histogram(lengths: Array, most: int) -> tuple[Bar, ...]:
     """About BARS bars of a power of two up to `most`, and one for what is longer."""
     width = 1 << max(0, -(-most // BARS) - 1).bit_length()
     edges = range(0, -(-most // width) * width, width)
-    bars = [Bar(low + 1, low + width, sum(low < length <= low + width for length in lengths)) for low in edges]
+    bars = [Bar(low + 1, low + width, int(((low < lengths) & (lengths <= low + width)).sum())) for low in edges]
     beyond = edges[-1] + width if edges else 0
-    longer = sum(length > beyond for length in lengths)
+    longer = int((lengths > beyond).sum())
     return (*bars, Bar(beyond + 1, None, longer)) if longer else tuple(bars)
 
 
-def step_decision(recipe: Recipe, examples: Sequence[Example], model: "PreTrainedModel") -> Decision:
+def step_decision(recipe: Recipe, examples: Examples, model: "PreTrainedModel") -> Decision:
     """What training on one device of this machine would take, if the model keeps packed rows apart."""
     device = default_device()
     return decision(
@@ -125,11 +125,7 @@ def _filled(recipe: Recipe, rows: Rows, layout: Layout) -> float:
     return sum(filled(step, layout) for step in taken) / len(taken)
 
 
-def _repeats(examples: Sequence[Example]) -> Repeats:
+def _repeats(examples: Examples) -> Repeats:
     exact, near = exact_duplicates(examples), near_duplicates(examples[:COMPARED])
     pairs = [(str(examples[place].row), str(examples[before].row)) for place, before in [*exact, *near][:NAMED]]
     return Repeats(len(exact), len(near), min(len(examples), COMPARED), tuple(pairs))
-
-
-def _trained(examples: Sequence[Example]) -> int:
-    return sum(weight > 0 for example in examples for weight in example.weights)

@@ -1,7 +1,6 @@
 """How a run spends its memory: what a recipe leaves `auto` is decided here, from shapes, rows and what is free. No torch."""
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +16,7 @@ from lora_cli.models.recompute import recompute_of
 from lora_cli.recipe.schema import Recipe, labels_of
 
 if TYPE_CHECKING:
-    from lora_cli.data.types import Example
+    from lora_cli.data.examples import Examples
 
 # Tokens of one forward: a GPU needs many to be busy; a CPU loses more to attention over long rows than it gains
 TOKENS_PER_FORWARD = {"cpu": 512, "cuda": 16384}
@@ -76,11 +75,10 @@ def decide(recipe: Recipe, setup: Setup, lengths: Lengths, place: Place, *, pack
     return choose(setup, lengths, limits, place.rates, room=place.room)
 
 
-def lengths_of(examples: Sequence["Example"]) -> Lengths:
+def lengths_of(examples: "Examples") -> Lengths:
     """Of rows that are there."""
-    lengths = [len(example.input_ids) for example in examples]
-    trained = sum(weight > 0 for example in examples for weight in example.weights)
-    return Lengths(max(lengths), sum(lengths) / len(lengths), trained / sum(lengths))
+    tokens = examples.tokens
+    return Lengths(int(examples.lengths.max()), tokens / len(examples), examples.trained_tokens / tokens)
 
 
 def attention_of(recipe: Recipe, shape: ModelShape) -> str:

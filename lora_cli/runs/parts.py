@@ -1,13 +1,17 @@
 """Everything a run consists of, as values: what `prepare` makes and the other steps read."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
 
 from lora_cli.budget.params import Budget
-from lora_cli.data.pipeline import DataReport, Plan
+from lora_cli.data.examples import Examples
+from lora_cli.data.order import Plan
+from lora_cli.data.report import DataReport
 from lora_cli.data.types import Example
 from lora_cli.lora.adapter import Adapter
 from lora_cli.lora.base_files import Fingerprint
@@ -28,8 +32,8 @@ if TYPE_CHECKING:
 class Rows:
     """The examples of a run, and what became of the rows they were made from."""
 
-    train: list[Example]
-    held_out: list[Example]
+    train: Sequence[Example]
+    held_out: Sequence[Example]
     report: DataReport
     held_out_report: DataReport | None  # None where the held-out rows are a share of the training rows
 
@@ -37,6 +41,11 @@ class Rows:
     def labels(self) -> tuple[str, ...]:
         """What rows are classified as, in the order of the head's outputs; none where nothing is classified."""
         return tuple(self.report.labels)
+
+    @cached_property
+    def all(self) -> Examples:
+        """Those that are trained on, and the held-out ones behind them."""
+        return Examples.of(self.train) + Examples.of(self.held_out)
 
 
 @dataclass(frozen=True)

@@ -169,7 +169,7 @@ def _rows(loaded: LoadedRecipe, base: MeasuredBase) -> tuple[Lengths, float | No
     from lora_cli.runs.rows import load_rows, planned
 
     rows = load_rows(loaded, load_tokenizer(folder))
-    lengths = lengths_of([*rows.train, *rows.held_out])
+    lengths = lengths_of(rows.all)
     steps = planned(loaded.recipe, rows).steps
     return lengths, steps * loaded.recipe.training.global_batch_size * lengths.mean
 

@@ -5,8 +5,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_cli.data.formats import labelled
-from lora_cli.data.pipeline import labels_in, plan
+from lora_cli.data.formats import labelled, labels_in
+from lora_cli.data.order import plan
 from lora_cli.data.sources import is_path, rows
 from lora_cli.data.types import BadRow, Labelled
 from lora_cli.errors import Problem

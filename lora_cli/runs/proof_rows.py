@@ -1,7 +1,7 @@
 """The rows on which a merge proves itself: some of those of the run that trained the adapter, kept in its folder."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 
@@ -13,7 +13,7 @@ FILE = "proof_rows.json"
 MOST_BYTES = MOST_ROWS * MOST_TOKENS * 24  # a number, its comma, its line and its indent
 
 
-def write_proof_rows(folder: Path, rows: Sequence[list[int]]) -> None:
+def write_proof_rows(folder: Path, rows: Iterable[list[int]]) -> None:
     """Keep the first rows with any token, and of each the tokens that a proof reads."""
     write_json(folder / FILE, list(islice((row[:MOST_TOKENS] for row in rows if row), MOST_ROWS)))
 

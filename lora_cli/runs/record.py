@@ -19,14 +19,15 @@ from uuid import uuid4
 
 import torch
 
-from lora_cli.data.pipeline import DataReport, epoch_length, steps
+from lora_cli.data.encoder import tokenizer_fingerprint
+from lora_cli.data.order import epoch_length, steps
+from lora_cli.data.report import DataReport
 from lora_cli.data.sources import is_path
 from lora_cli.data.texts import token_texts
 from lora_cli.data.types import UNKNOWN_FORM, Example, PromptForm
 from lora_cli.durable import can_sync
 from lora_cli.errors import UserError
 from lora_cli.lora.adapter import Adapter
-from lora_cli.models.load import tokenizer_fingerprint
 from lora_cli.models.recompute import setting_of
 from lora_cli.recipe.reader import read_recipe, value_of
 from lora_cli.recipe.schema import keys, share_of, sources_of
@@ -201,7 +202,7 @@ def machine() -> Record:
 
 def _data(run: Run) -> Record:
     rows = run.rows
-    lengths = [len(example.input_ids) + example.cut for example in (*rows.train, *rows.held_out)]
+    lengths = rows.all.lengths + rows.all.column("cut")
     return {
         "train": _report(rows.report),
         "held_out": _report(rows.held_out_report),

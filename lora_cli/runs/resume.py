@@ -15,10 +15,10 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from lora_cli.data.pipeline import fingerprint
+from lora_cli.data.encoder import tokenizer_fingerprint
+from lora_cli.data.examples import fingerprint
 from lora_cli.errors import DataError, ModelError, Problem, RecipeError, UserError
 from lora_cli.lora.peft_format import load_adapter
-from lora_cli.models.load import tokenizer_fingerprint
 from lora_cli.recipe.spelling import near
 from lora_cli.runs.parts import Run
 from lora_cli.train.checkpoint import Checkpoint, newest_checkpoint

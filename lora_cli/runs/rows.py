@@ -5,9 +5,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_cli.data.pipeline import DataReport, Plan, epoch_length, load_examples, plan, split
+import numpy as np
+
+from lora_cli.data.examples import Examples
+from lora_cli.data.order import Plan, epoch_length, plan, split
+from lora_cli.data.pipeline import OnTokenized, load_examples
+from lora_cli.data.report import DataReport
 from lora_cli.data.sources import quote
-from lora_cli.data.types import Example
 from lora_cli.errors import DataError, Problem
 from lora_cli.models.heads import Head
 from lora_cli.recipe.reader import LoadedRecipe
@@ -17,14 +21,14 @@ from lora_cli.runs.parts import Rows
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Loaded = tuple[list[Example], DataReport]
+Loaded = tuple[Examples, DataReport]
 NAMED = 5  # rows that a message names
 
 
-def load_rows(loaded: LoadedRecipe, tokenizer: "PreTrainedTokenizerBase") -> Rows:
+def load_rows(loaded: LoadedRecipe, tokenizer: "PreTrainedTokenizerBase", progress: OnTokenized | None = None) -> Rows:
     """Training and held-out examples of a recipe: `data.eval` is a share of the training rows, or a source of its own."""
     data, labels = loaded.recipe.data, labels_of(loaded.recipe.training)
-    load = _loader(data, loaded.path.parent, tokenizer)
+    load = _loader(data, loaded.path.parent, tokenizer, progress)
     examples, report = load(data.train, labels=labels)
     if data.eval is None:
         rows = Rows(examples, [], report, None)
@@ -43,10 +47,11 @@ def rows_of_file(
     tokenizer: "PreTrainedTokenizerBase",
     data: Data | None = None,
     labels: tuple[str, ...] | None = None,
+    progress: OnTokenized | None = None,
 ) -> Loaded:
     """All rows of one source, relative to the current folder, read as `data` says (by default, as they come), and
     classified where there are labels."""
-    return _loader(data or Data(train=source), Path(), tokenizer)(source, labels=labels)
+    return _loader(data or Data(train=source), Path(), tokenizer, progress)(source, labels=labels)
 
 
 def new_head(training: Training, labels: Sequence[str], pad_token_id: int | None = None) -> Head | None:
@@ -60,12 +65,12 @@ def new_head(training: Training, labels: Sequence[str], pad_token_id: int | None
 
 def _check_labels(rows: Rows) -> None:
     """Raise DataError where there is nothing to tell apart, and for held-out rows whose label is never learned."""
-    names, learned = list(rows.report.labels), {example.label for example in rows.train}
+    held_out, names = Examples.of(rows.held_out), list(rows.report.labels)
+    learned = set(Examples.of(rows.train).labels.tolist())
     if len(learned) < 2:
         what = f"every training row has the label `{quote(names[learned.pop()])}`"
         raise DataError(Problem(what, fix="add rows of another label: with one alone there is nothing to tell apart"))
-    unknown = [example for example in rows.held_out if example.label not in learned]
-    if unknown:
+    if unknown := held_out.take(np.flatnonzero(~np.isin(held_out.labels, list(learned)))):
         raise DataError(
             *(
                 Problem(
@@ -78,7 +83,9 @@ def _check_labels(rows: Rows) -> None:
         )
 
 
-def _loader(data: Data, folder: Path, tokenizer: "PreTrainedTokenizerBase") -> Callable[..., Loaded]:
+def _loader(
+    data: Data, folder: Path, tokenizer: "PreTrainedTokenizerBase", progress: OnTokenized | None
+) -> Callable[..., Loaded]:
     return partial(
         load_examples,
         folder=folder,
@@ -89,6 +96,7 @@ def _loader(data: Data, folder: Path, tokenizer: "PreTrainedTokenizerBase") -> C
         template=data.template,
         train_on=data.train_on,
         bad_rows=data.bad_rows,
+        progress=progress,
     )
 
 

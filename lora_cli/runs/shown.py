@@ -1,11 +1,15 @@
 """Which examples of a recipe to show: by row, by source, or as one step of training lays them out. No weights are loaded."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lora_cli.data.pipeline import steps
+import numpy as np
+
+from lora_cli.data.examples import Examples
+from lora_cli.data.order import steps
+from lora_cli.data.pipeline import OnTokenized
 from lora_cli.data.texts import token_texts
 from lora_cli.data.types import Example
 from lora_cli.errors import Problem, RecipeError
@@ -37,9 +41,6 @@ class Prepared:
         """What the row is to be classified as, where rows are."""
         return None if example.label is None else self.rows.labels[example.label]
 
-    def is_held_out(self, example: Example) -> bool:
-        return any(example is other for other in self.rows.held_out)
-
 
 @dataclass(frozen=True)
 class Asked:
@@ -50,32 +51,52 @@ class Asked:
     held_out: bool = False
 
 
-def prepare_rows(loaded: LoadedRecipe) -> Prepared:
+def prepare_rows(loaded: LoadedRecipe, progress: OnTokenized | None = None) -> Prepared:
     model = loaded.recipe.model
     folder = resolve_base(model.base, model.revision, weights=False).folder
     tokenizer = load_tokenizer(folder, writes=labels_of(loaded.recipe.training) is None)
-    return Prepared(loaded, tokenizer, load_rows(loaded, tokenizer))
+    return Prepared(loaded, tokenizer, load_rows(loaded, tokenizer, progress))
 
 
-def chosen(prepared: Prepared, asked: Asked) -> list[Example]:
-    """The examples asked for, in the order of their files. Raises RecipeError where there is none."""
-    rows = prepared.rows
-    if asked.held_out and not rows.held_out:
+@dataclass(frozen=True)
+class Chosen:
+    """The examples that were asked for, in the order of their files."""
+
+    trained: Examples
+    held_out: Examples
+
+    def __len__(self) -> int:
+        return len(self.trained) + len(self.held_out)
+
+    def first(self, count: int) -> Iterator[tuple[Example, bool]]:
+        """(example, whether it is held out)."""
+        yield from ((example, False) for example in self.trained[:count])
+        yield from ((example, True) for example in self.held_out[: max(0, count - len(self.trained))])
+
+
+def chosen(prepared: Prepared, asked: Asked) -> Chosen:
+    """Raises RecipeError where there is nothing to choose."""
+    train, held_out = Examples.of(prepared.rows.train), Examples.of(prepared.rows.held_out)
+    if asked.held_out and not held_out:
         raise RecipeError(Problem("`data.eval` is null: no rows are held out", fix="leave `--held-out` out"))
-    of_row = [*rows.train, *rows.held_out] if asked.row else rows.train  # a row is named wherever it stands
-    found = rows.held_out if asked.held_out else of_row
+    # a row is named wherever it stands
+    sides = [
+        found if wanted else found[:0]
+        for found, wanted in ((train, not asked.held_out), (held_out, asked.held_out or asked.row))
+    ]
     source, number = _row(asked)
     if source is not None:
-        found = _of_source(found, source)
+        sides = _of_source(sides, source)
     if number is None:
+        return Chosen(*sides)
+    found = Chosen(*(side.take(np.flatnonzero(side.column("row") == number)) for side in sides))
+    if len(found):
         return found
-    if matching := [example for example in found if example.row.number == number]:
-        return matching
+    last = max(int(side.column("row").max()) for side in sides if side)
     raise RecipeError(
         Problem(
             f"no example comes from row {asked.row}",
-            fix=f"the last is {max(example.row.number for example in found)}; blank lines, and rows with nothing to learn, "
-            "give none",
+            fix=f"the last is {last}; blank lines, and rows with nothing to learn, give none",
         )
     )
 
@@ -88,7 +109,7 @@ def packed_step(prepared: Prepared, step: int) -> list[list[Example]]:
         raise RecipeError(Problem(f"there is no step {step}", fix=f"the steps are 1 to {plan.steps:,}"))
     base = resolve_base(recipe.model.base, recipe.model.revision, weights=False)
     model = skeleton(base.folder, new_head(recipe.training, prepared.rows.labels))
-    layout = step_decision(recipe, [*train, *prepared.rows.held_out], model).layout
+    layout = step_decision(recipe, prepared.rows.all, model).layout
     _, taken = next(steps(train, plan, seed=recipe.training.seed, start=step - 1))
     return forward_rows(taken, layout)
 
@@ -103,10 +124,12 @@ def _row(asked: Asked) -> tuple[str | None, int | None]:
     return source or asked.source, int(number)
 
 
-def _of_source(examples: Sequence[Example], source: str) -> list[Example]:
-    found = [example for example in examples if example.row.source == source]
-    if found:
+def _of_source(sides: Sequence[Examples], source: str) -> list[Examples]:
+    found = [side.of_source(source) for side in sides]
+    if any(found):
         return found
-    names = list(dict.fromkeys(example.row.source for example in examples))
+    names = list(
+        dict.fromkeys(origin.source for side in sides for origin in side.origins if side.of_source(origin.source))
+    )
     near = difflib.get_close_matches(source, names, n=1) or names
     raise RecipeError(Problem(f"no example comes from `{source}`", fix=f"there is {', '.join(near[:5])}"))

@@ -17,8 +17,10 @@ from torch import nn
 from lora_cli.budget.modules import whole_of, whole_paths
 from lora_cli.budget.params import Budget, Whole, budget_of
 from lora_cli.budget.shapes import Linear
-from lora_cli.data.pipeline import steps
-from lora_cli.data.types import Example, PromptForm, sources_in
+from lora_cli.data.examples import Examples, sources_in
+from lora_cli.data.order import places, steps
+from lora_cli.data.pipeline import OnTokenized
+from lora_cli.data.types import Example, PromptForm
 from lora_cli.durable import draft_of, move_into, replace_file
 from lora_cli.errors import ModelError, Problem, RecipeError
 from lora_cli.evaluate.loss import held_out_loss
@@ -81,7 +83,7 @@ PROOFS = [
 ]
 
 
-def prepare(loaded: LoadedRecipe, folder: RunFolder) -> Run:
+def prepare(loaded: LoadedRecipe, folder: RunFolder, progress: OnTokenized | None = None) -> Run:
     """Make the parts of a run. What needs no weights comes first, so that mistakes are found in seconds."""
     recipe = loaded.recipe
     check_trackers(recipe.training.trackers)
@@ -93,7 +95,7 @@ def prepare(loaded: LoadedRecipe, folder: RunFolder) -> Run:
         base = resolve_base(recipe.model.base, recipe.model.revision)
     identity = fingerprint(base.folder)
     tokenizer = load_tokenizer(base.folder, writes=labels_of(recipe.training) is None)
-    rows = load_rows(loaded, tokenizer)
+    rows = load_rows(loaded, tokenizer, progress)
     check_rows(loaded, base, tokenizer, rows)
     training = recipe.training
     model = load_model(
@@ -130,7 +132,7 @@ def prepare(loaded: LoadedRecipe, folder: RunFolder) -> Run:
         packed = _packed(recipe, rows, model)
     decided = decision(
         recipe,
-        [*rows.train, *rows.held_out],
+        rows.all,
         model,
         dtype=dtype,
         device=device,
@@ -222,7 +224,7 @@ def _write_result(run: Run, finished: Finished, adapter: Adapter) -> Adapter:
     draft = draft_of(run.folder.path / "result")
     save_adapter(adapter, draft, transposed=run.transposed)
     run.tokenizer.save_pretrained(draft)
-    write_proof_rows(draft, [row.input_ids for row in (run.rows.held_out or run.rows.train)])
+    write_proof_rows(draft, (row.input_ids for row in (run.rows.held_out or run.rows.train)))
     _check_same(adapter, load_adapter(draft), draft)
     move_into(draft, run.folder.path, last=WEIGHTS)
     history = read_history(run.folder.events)
@@ -306,8 +308,9 @@ def _events(
 
 def _rehearsal(run: Run) -> list[Example]:
     """The rows of the step that has the longest example of the run."""
-    every = (rows for _, rows in steps(run.rows.train, run.plan, seed=run.recipe.training.seed))
-    return max(every, key=lambda rows: max(len(row.input_ids) for row in rows))
+    train = Examples.of(run.rows.train)
+    every = places(train, run.plan, seed=run.recipe.training.seed)
+    return list(train.take(max(every, key=lambda taken: train.lengths[taken].max())))
 
 
 def _actions(run: Run, parts: Parts, progress: Progress, settings: Mapping[str, object]) -> Actions:

@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lora_cli.data.types import Batch
+from lora_cli.data.types import Batch, Example
 from lora_cli.errors import DivergedError, Problem
 from lora_cli.lora.inject import derived_seed
 from lora_cli.lora.shards import whole
@@ -326,7 +326,7 @@ def add_losses(losses: Sequence[Loss], accelerator: Accelerator) -> Loss:
     return Loss(accelerator.reduce(total, "sum"), accelerator.reduce(metrics, "sum"))
 
 
-def source_losses(metrics: Mapping[str, Tensor], rows: Rows, sources: Sequence[str]) -> dict[str, float]:
+def source_losses(metrics: Mapping[str, Tensor], rows: Iterable[Example], sources: Sequence[str]) -> dict[str, float]:
     """The mean loss of each source that has trained tokens among the rows."""
     if BY_SOURCE not in metrics:
         return {}

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from lora_cli.data.pipeline import steps
+from lora_cli.data.order import steps
 from lora_cli.models.load import load_tokenizer
 from lora_cli.recipe.reader import read_recipe
 from lora_cli.runs.rows import load_rows, planned

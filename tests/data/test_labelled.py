@@ -8,7 +8,8 @@ import torch
 from tiny import byte_tokenizer, encoder_tokenizer
 
 from lora_cli.data.collate import blank, collate
-from lora_cli.data.pipeline import fingerprint, load_examples
+from lora_cli.data.examples import fingerprint
+from lora_cli.data.pipeline import load_examples
 from lora_cli.data.types import Example, RowId
 from lora_cli.errors import DataError
 from lora_cli.recipe.schema import Source

@@ -8,18 +8,10 @@ from pathlib import Path
 import pytest
 from templates import CHATML, GEMMA, THINKING, tiny_tokenizer
 
-from lora_cli.data.pipeline import (
-    Plan,
-    SourceReport,
-    Spread,
-    epoch_length,
-    fingerprint,
-    load_examples,
-    order,
-    plan,
-    split,
-    steps,
-)
+from lora_cli.data.examples import fingerprint
+from lora_cli.data.order import Plan, epoch_length, order, plan, split, steps
+from lora_cli.data.pipeline import load_examples
+from lora_cli.data.report import SourceReport, Spread
 from lora_cli.data.types import Example, RowId
 from lora_cli.errors import DataError, RecipeError
 from lora_cli.recipe.schema import Source
@@ -316,13 +308,13 @@ def test_sources_stand_one_behind_the_other_each_in_its_own_format(tmp_path, tok
     write(tmp_path, {"text": "the mat"}, {"text": "the cat"}, name="b.jsonl")
     done = []
 
-    examples, report = load(
-        tmp_path, tokenizer, sources=["a.jsonl", "b.jsonl"], progress=lambda *counts: done.append(counts)
-    )
+    examples, report = load(tmp_path, tokenizer, sources=["a.jsonl", "b.jsonl"], progress=done.append)
 
     assert [str(example.row) for example in examples] == ["a.jsonl:1", "b.jsonl:1", "b.jsonl:2"]
     assert report.formats == {"a.jsonl": "completion", "b.jsonl": "text"}
-    assert done == [(1, 3), (2, 3), (3, 3)]
+    assert [(at.source, at.rows) for at in done] == [("a.jsonl", 1), ("b.jsonl", 3)]
+    assert 0 < done[0].share < done[1].share == 1
+    assert done[-1].tokens == report.tokens
 
 
 def test_a_conversation_of_several_examples_is_one_row(tmp_path):

@@ -292,7 +292,8 @@ def test_training_stops_at_what_check_calls_a_fault_before_it_loads_weights(reci
     assert not (tmp_path / "out").exists()
 
 
-def test_training_prints_the_warnings_and_renders_no_row_twice(recipe, lora, monkeypatch):
+def test_training_prints_the_warnings_and_renders_no_row_twice(recipe, lora, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     rendered = []
     render = Renderer.render
     monkeypatch.setattr(Renderer, "render", lambda self, item, row: rendered.append(row) or render(self, item, row))
@@ -302,6 +303,8 @@ def test_training_prints_the_warnings_and_renders_no_row_twice(recipe, lora, mon
     assert "warning: only 4 optimizer steps in all" in done.err
     assert "warning: only 12 rows to train on" in done.err
     assert len(rendered) == len(set(rendered)) == 12
+    assert lora("check", recipe()).out
+    assert len(rendered) == 12
 
 
 def test_the_figures_add_up(recipe, tmp_path):
