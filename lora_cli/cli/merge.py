@@ -81,7 +81,7 @@ def read_order(
     refuse_second_merge(found.folder, adapter)
     if adapter.tokenizer:
         tokens = tokenizer_folder(folder, found.folder)
-        check_tokenizer(adapter, load_tokenizer(tokens), tokens, allow=allow_base_mismatch)
+        check_tokenizer(adapter, load_tokenizer(tokens, writes=False), tokens, allow=allow_base_mismatch)
     _note_quantised(folder)
     return Order(
         adapter,

@@ -217,8 +217,10 @@ def _adapter(before: _Model, base: Base, tuned: Base, layers: Mapping[str, Facto
         r=1, lora_alpha=1, target_modules=targets, base_model_name_or_path=base.name, revision=base.revision
     )
     folder = _tokenizer(tuned)
-    tokenizer = tokenizer_identity(load_tokenizer(folder)) if folder else None
-    adapter = Adapter(plain_config(ranks, like=like, targets=targets), layers, fingerprint(base.folder), tokenizer)
+    tokenizer = tokenizer_identity(load_tokenizer(folder, writes=False)) if folder else None
+    adapter = Adapter(
+        plain_config(ranks, like=like, targets=targets), layers, fingerprint(base.folder), tokenizer=tokenizer
+    )
     tuned_is = {"name": Path(tuned.name).name, "fingerprint": fingerprint(tuned.folder).short}
     return made_by("extract", adapter, [tuned_is], **{key: value for key, value in how.items() if value})
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lora_cli.budget.step import Batch, step_memory
-from lora_cli.data.pipeline import steps
+from lora_cli.data.order import steps
 from lora_cli.data.types import Batch as Tensors
 from lora_cli.runs.decision import Decision
 from lora_cli.runs.parts import Run
