@@ -14,7 +14,7 @@ from lora_cli.lora.config import LoRAConfig
 from lora_cli.lora.identity import TokenizerFingerprint
 from lora_cli.lora.inject import linears, lora_layers, wrap
 from lora_cli.lora.layer import merged_weight
-from lora_cli.lora.shards import whole
+from lora_cli.lora.shards import gathered
 from lora_cli.lora.weights import storage_of
 from lora_cli.lora.whole import State, whole_modules
 
@@ -240,7 +240,7 @@ def _factors(layer: nn.Module) -> Factors:
 
 
 def _copy(tensor: Tensor) -> Tensor:
-    return whole(tensor.detach()).to("cpu", torch.float32, copy=True)
+    return gathered(tensor.detach()).to("cpu", torch.float32, copy=True)
 
 
 def _listed(shapes: Mapping[str, list[int]]) -> str:

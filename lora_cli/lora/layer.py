@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lora_cli.kernels.lora_linear import lora_update
 from lora_cli.lora.config import LoRAConfig
-from lora_cli.lora.shards import put, whole
+from lora_cli.lora.shards import gathered, put
 from lora_cli.lora.weights import dense, storage_of
 
 
@@ -58,7 +58,7 @@ class LoRALinear(nn.Module):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A [r, in] and B [out, r] of the update as it acts: with the start taken off they are [2r, in] and [out, 2r]."""
-        A, B = whole(self.lora_A), whole(self.lora_B)
+        A, B = gathered(self.lora_A), gathered(self.lora_B)
         if self.start_A is None:
             return A, B
         return torch.cat([A, self.start_A]), torch.cat([B, -self.start_B], dim=1)
@@ -69,7 +69,7 @@ class LoRALinear(nn.Module):
             put(self.lora_A, A)
             put(self.lora_B, B)
             if B.any():
-                self.start_A, self.start_B = whole(self.lora_A).clone(), whole(self.lora_B).clone()
+                self.start_A, self.start_B = gathered(self.lora_A).clone(), gathered(self.lora_B).clone()
 
     @property
     def weight(self) -> Tensor:

@@ -13,7 +13,7 @@ def is_sharded(tensor: Tensor) -> bool:
     return tensors is not None and isinstance(tensor, tensors.DTensor)
 
 
-def whole(tensor: Tensor) -> Tensor:
+def gathered(tensor: Tensor) -> Tensor:
     """The tensor with the shards of all processes."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 

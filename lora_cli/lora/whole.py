@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lora_cli.errors import ModelError, Problem
-from lora_cli.lora.shards import put, whole
+from lora_cli.lora.shards import gathered, put
 from lora_cli.lora.weights import is_quantised
 
 State = Mapping[str, Tensor]  # parameter name inside the module -> tensor
@@ -38,9 +38,8 @@ class TrainedWhole(nn.Module):
 
     def state(self) -> dict[str, Tensor]:
         """A copy of what is trained: float32, on the CPU."""
-        return {
-            name: whole(p.detach()).to("cpu", torch.float32, copy=True) for name, p in self.trained.named_parameters()
-        }
+        parameters = self.trained.named_parameters()
+        return {name: gathered(p.detach()).to("cpu", torch.float32, copy=True) for name, p in parameters}
 
     def load(self, state: State) -> None:
         with torch.no_grad():

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from lora_cli.data.types import Batch, Example
 from lora_cli.errors import DivergedError, Problem
 from lora_cli.lora.inject import derived_seed
-from lora_cli.lora.shards import whole
+from lora_cli.lora.shards import gathered
 from lora_cli.objectives.base import BY_SOURCE, Loss
 from lora_cli.train import numerics
 from lora_cli.train.events import (
@@ -199,7 +199,7 @@ def _gradients(parts: Parts, number: int, rows: Rows, progress: Progress) -> Sum
     sum_gradients(parts.parameters, accelerator)
     grad_norm = accelerator.clip_grad_norm_(list(parts.parameters.values()), parts.settings.max_grad_norm or math.inf)
     summed = add_losses(losses, accelerator)
-    return Sums(summed.total, summed.metrics, whole(grad_norm), torch.stack([loss.total for loss in losses]))
+    return Sums(summed.total, summed.metrics, gathered(grad_norm), torch.stack([loss.total for loss in losses]))
 
 
 def _fitting(parts: Parts, progress: Progress, rows: Rows, attempt: Callable[[], Sums | None]) -> Iterator[Event]:

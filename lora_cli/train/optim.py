@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lora_cli.lora.shards import laid_out_as, whole
+from lora_cli.lora.shards import gathered, laid_out_as
 from lora_cli.recipe.schema import Training
 
 Schedule = Callable[[int], float]
@@ -51,7 +51,7 @@ def optimizer_state(optimizer: Optimizer, parameters: Parameters) -> OptimizerSt
     for name, parameter in parameters.items():
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
-                tensors[f"{name}/{key}"] = whole(value.detach()).to("cpu", copy=True).contiguous()
+                tensors[f"{name}/{key}"] = gathered(value.detach()).to("cpu", copy=True).contiguous()
             else:
                 scalars.setdefault(name, {})[key] = value
     return tensors, scalars

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lora_cli.lora.shards import put, whole
+from lora_cli.lora.shards import gathered, put
 from lora_cli.train.optim import Parameters, optimizer_state, restore_optimizer
 
 EVERY = 20  # steps between snapshots
@@ -36,7 +36,9 @@ class Rewind:
     def note(self, step: int, parameters: Parameters, optimizer: Optimizer) -> None:
         """Take a snapshot where one is due."""
         if step % EVERY == 0:
-            weights = {name: whole(parameter.detach()).to("cpu", copy=True) for name, parameter in parameters.items()}
+            weights = {
+                name: gathered(parameter.detach()).to("cpu", copy=True) for name, parameter in parameters.items()
+            }
             self.snapshot = Snapshot(step, weights, *optimizer_state(optimizer, parameters))
 
     def put_back(self, parameters: Parameters, optimizer: Optimizer) -> int | None:

@@ -62,9 +62,10 @@ def test_under_fsdp_every_parameter_is_in_shards(recipe, tmp_path):
         {"model.dtype": "bfloat16", "model.quantize": "nf4"},
         {"model.quantize": "nf4", "lora.use_dora": True},
         {"lora.init": "pissa", "lora.use_dora": True, "lora.use_rslora": True},
+        {"lora.modules_to_save": ["lm_head", "embed_tokens"], "lora.init": "olora"},
         {"training.gradient_checkpointing": True, "data.packing": False, "training.sample_prompts": ["what"]},
     ],
-    ids=["bf16", "nf4", "nf4 dora", "pissa dora", "recomputed"],
+    ids=["bf16", "nf4", "nf4 dora", "pissa dora", "trained whole", "recomputed"],
 )
 def test_in_shards_or_whole_the_run_is_the_same(settings, recipe, tmp_path):
     settings = WHOLE | {"training.micro_batch_size": 2} | settings
@@ -88,10 +89,12 @@ def test_every_architecture_is_sharded_as_it_is(name, lora, recipe, tmp_path):
     assert_same_curve(tmp_path / "two", tmp_path / "one")
 
 
-@pytest.mark.parametrize("init", ["default", "pissa"])
+@pytest.mark.parametrize(
+    "also", [{}, {"lora.init": "pissa", "lora.modules_to_save": ["lm_head"]}], ids=["plain", "pissa"]
+)
 @pytest.mark.parametrize(("first", "then"), [(None, "fsdp2"), ("fsdp2", None), ("ddp", "fsdp2")])
-def test_a_run_is_continued_on_any_number_of_devices(first, then, init, lora, recipe, tmp_path):
-    settings = WHOLE | {"training.save_steps": 2, "training.keep_checkpoints": 9, "lora.init": init}
+def test_a_run_is_continued_on_any_number_of_devices(first, then, also, lora, recipe, tmp_path):
+    settings = WHOLE | {"training.save_steps": 2, "training.keep_checkpoints": 9} | also
     lora("train", recipe(settings), "--out", tmp_path / "straight")
 
     def train(kind: str | None, *arguments: object) -> None:
