@@ -90,7 +90,7 @@ def test_every_architecture_is_sharded_as_it_is(name, lora, recipe, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "also", [{}, {"lora.init": "pissa", "lora.modules_to_save": ["lm_head"]}], ids=["plain", "pissa"]
+    "also", [{}, {"lora.init": "pissa"}, {"lora.modules_to_save": ["lm_head"]}], ids=["plain", "pissa", "trained whole"]
 )
 @pytest.mark.parametrize(("first", "then"), [(None, "fsdp2"), ("fsdp2", None), ("ddp", "fsdp2")])
 def test_a_run_is_continued_on_any_number_of_devices(first, then, also, lora, recipe, tmp_path):
