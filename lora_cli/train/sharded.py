@@ -53,7 +53,8 @@ def sharded_modules(model: nn.Module) -> list[nn.Module]:
 def blocks(model: nn.Module, names: tuple[str, ...] = ()) -> list[nn.Module]:
     """The transformer blocks: modules of the named classes, or of those that the model itself would not split."""
     wanted = set(names) or set(getattr(model, "_no_split_modules", None) or ())
-    found = [module for module in model.modules() if type(module).__name__ in wanted]
+    # a block that is recomputed is of a class below its own
+    found = [module for module in model.modules() if wanted & {cls.__name__ for cls in type(module).__mro__}]
     if found:
         return found
     said = ", ".join(sorted(wanted)) or "none"
