@@ -7,6 +7,8 @@ import errno
 import os
 import secrets
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 DRAFT = ".tmp-"
@@ -18,7 +20,7 @@ NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 
 def write_synced(file: Path, content: bytes) -> None:
     """Write a new file and force it to disk; its mode follows the umask."""
-    with file.open("wb") as stream:
+    with naming(file), file.open("wb") as stream:
         stream.write(content)
         stream.flush()
         sync(stream.fileno())
@@ -75,9 +77,20 @@ def sync_path(path: Path) -> None:
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        sync(descriptor)
+        with naming(path):
+            sync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an error say which file it is about: of a write or an fsync the system knows a number alone."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def sync(descriptor: int) -> bool:

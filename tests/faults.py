@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -57,6 +58,16 @@ def forked(*arguments: object, log: Path, before: Callable[[], None] = lambda: N
     """Start the command; `before` runs in its process first, and may put faults into it."""
     from lora_cli.cli.main import main
 
+    def command() -> None:
+        sys.argv = ["lora", *map(str, arguments)]
+        before()
+        main()
+
+    return in_fork(command, log=log)
+
+
+def in_fork(body: Callable[[], None], *, log: Path) -> Forked:
+    """Start a function in a process of its own: exit code 0 where it returns, 1 where it raises."""
     log.write_text("")
     gc.freeze()  # else the child's collector touches, and so copies, all there is
     pid = os.fork()
@@ -68,12 +79,12 @@ def forked(*arguments: object, log: Path, before: Callable[[], None] = lambda: N
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
         sys.stdout = sys.stderr = stream
-        sys.argv = ["lora", *map(str, arguments)]
-        before()
-        main()
+        body()
         code = 0
     except SystemExit as ended:
         code = ended.code or 0
+    except Exception:
+        traceback.print_exc()
     finally:
         os._exit(code)
 

@@ -173,6 +173,8 @@ def _storage(error: Exception) -> UserError | None:
         errno.EACCES,
         errno.EPERM,
         errno.EIO,
+        errno.EFBIG,
+        errno.ESTALE,
     ):
         return StorageError(
             Problem(

@@ -28,7 +28,7 @@ from lora_cli.durable import draft_of, remove, sync_path, write_synced
 from lora_cli.errors import DivergedError, ModelError, Problem, StorageError
 from lora_cli.lora.adapter import Adapter
 from lora_cli.lora.inject import lora_layers
-from lora_cli.lora.peft_format import adapter_files, load_adapter
+from lora_cli.lora.peft_format import CONFIG, WEIGHTS, adapter_files, load_adapter
 from lora_cli.lora.shards import put
 from lora_cli.lora.whole import whole_modules
 from lora_cli.train.optim import OptimizerState, Parameters, restore_optimizer
@@ -43,7 +43,7 @@ STATE = "state.json"
 MANIFEST = "MANIFEST.json"
 PREFIX = "step-"
 DAMAGED = ".damaged-"
-WEIGHTS, MOMENTS = "weights", "optimizer"  # what the tensors of a snapshot belong to
+FACTORS, MOMENTS = "weights", "optimizer"  # what the tensors of a snapshot belong to
 
 
 @dataclass(frozen=True)
@@ -128,16 +128,19 @@ def fault_of(folder: Path) -> str | None:
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         listed = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"no readable {MANIFEST}"
-    if not {OPTIMIZER, STATE} <= set(listed):
+    if not {CONFIG, WEIGHTS, OPTIMIZER, STATE} <= set(listed):
         return f"no readable {MANIFEST}"
     for name, (size, digest) in listed.items():
         file = folder / name
-        if not file.is_file() or file.stat().st_size != size:
-            return f"{name} is missing or cut"
-        if hashlib.sha256(file.read_bytes()).hexdigest() != digest:
-            return f"{name} has changed"
+        try:
+            if not file.is_file() or file.stat().st_size != size:
+                return f"{name} is missing or cut"
+            if hashlib.sha256(file.read_bytes()).hexdigest() != digest:
+                return f"{name} has changed"
+        except OSError as error:  # a bad sector
+            return f"{name} can't be read: {error.strerror}"
     return None
 
 
@@ -169,16 +172,18 @@ def _check_read_back(
     draft: Path, contents: Mapping[str, bytes], adapter: Adapter, tensors: Mapping[str, Tensor]
 ) -> None:
     """The bytes are those in memory, and read as the factors and the optimizer state that they came from."""
-    read = load_file(draft / OPTIMIZER)
     if (
         any((draft / name).read_bytes() != content for name, content in contents.items())
         or fault_of(draft) is not None
         or load_adapter(draft).digest() != adapter.digest()
-        or read.keys() != tensors.keys()
-        or not all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
+        or not _same(load_file(draft / OPTIMIZER), tensors)
     ):
         fix = "check the disk; `--resume` continues from the checkpoint before"
         raise StorageError(Problem("what was written does not read back the same", where=str(draft), fix=fix))
+
+
+def _same(read: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> bool:
+    return read.keys() == tensors.keys() and all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
 
 
 def _check_finite(tensors: Mapping[str, Tensor]) -> None:
@@ -190,16 +195,16 @@ def _check_finite(tensors: Mapping[str, Tensor]) -> None:
 
 
 def _snapshot_tensors(snapshot: Snapshot) -> dict[str, Tensor]:
-    weights = {f"{WEIGHTS}/{name}": tensor for name, tensor in snapshot.weights.items()}
+    weights = {f"{FACTORS}/{name}": tensor for name, tensor in snapshot.weights.items()}
     return weights | {f"{MOMENTS}/{name}": tensor for name, tensor in snapshot.tensors.items()}
 
 
 def _snapshot(found: Mapping[str, Tensor], state: Mapping) -> Snapshot:
     parts = {
         part: {name.removeprefix(f"{part}/"): tensor for name, tensor in found.items() if name.startswith(f"{part}/")}
-        for part in (WEIGHTS, MOMENTS)
+        for part in (FACTORS, MOMENTS)
     }
-    return Snapshot(state["step"], parts[WEIGHTS], parts[MOMENTS], state["optimizer"])
+    return Snapshot(state["step"], parts[FACTORS], parts[MOMENTS], state["optimizer"])
 
 
 def _rotate(checkpoints: Path, keep: int, spare: int | None) -> None:

@@ -6,15 +6,15 @@ import os
 
 import pytest
 import torch
-from layers import PATH, config_of, frozen, inputs
+from layers import PATH, inputs
 from running import hashes
+from saving import SETTINGS, Run
 
 from lora_cli.errors import ModelError
 from lora_cli.lora.adapter import Adapter
 from lora_cli.lora.init import INITS
-from lora_cli.lora.inject import inject, lora_layers
+from lora_cli.lora.inject import lora_layers
 from lora_cli.lora.peft_format import load_adapter
-from lora_cli.recipe.schema import Training
 from lora_cli.train.checkpoint import (
     MANIFEST,
     OPTIMIZER,
@@ -24,41 +24,8 @@ from lora_cli.train.checkpoint import (
     save_checkpoint,
     set_damaged_aside,
 )
-from lora_cli.train.optim import make_optimizer, optimizer_state
+from lora_cli.train.optim import optimizer_state
 from lora_cli.train.progress import Progress
-
-SETTINGS = {"lora.r": 4, "training.learning_rate": 1e-2}
-
-
-class Run:
-    """A model with an adapter and its optimizer, trained step by step."""
-
-    def __init__(self, variant: str = "plain", init: str = "default") -> None:
-        self.config = config_of(variant)
-        self.model = frozen("Linear")
-        inject(self.model, self.config, [PATH], init=INITS[init])
-        self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        self.optimizer = make_optimizer(Training(learning_rate=1e-2), self.parameters)
-        self.step = 0
-
-    def train(self, steps: int) -> None:
-        for _ in range(steps):
-            self.step += 1
-            x = inputs() * self.step
-            self.model(x).pow(2).mean().backward()
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-
-    def save(self, folder, *, keep: int = 9):
-        return save_checkpoint(
-            folder,
-            Progress(self.step, 10 * self.step, 1.5, 0.25, 1),
-            Adapter.of(self.model, self.config),
-            optimizer_state(self.optimizer, self.parameters),
-            settings=SETTINGS,
-            transposed=False,
-            keep=keep,
-        )
 
 
 @pytest.fixture
@@ -153,6 +120,13 @@ def change_a_byte(folder):
     file.write_bytes(content)
 
 
+def without_the_adapter(folder):
+    file = folder / MANIFEST
+    listed = json.loads(file.read_text())
+    del listed["adapter_model.safetensors"]
+    file.write_text(json.dumps(listed))
+
+
 DAMAGE = {
     "truncated": (truncate, f"{OPTIMIZER} is missing or cut"),
     "changed": (change_a_byte, "adapter_model.safetensors has changed"),
@@ -161,6 +135,8 @@ DAMAGE = {
     "manifest cut": (lambda folder: (folder / MANIFEST).write_text('{"a'), f"no readable {MANIFEST}"),
     "manifest of another shape": (lambda folder: (folder / MANIFEST).write_text('{"a": 1}'), f"no readable {MANIFEST}"),
     "manifest a list": (lambda folder: (folder / MANIFEST).write_text("[1]"), f"no readable {MANIFEST}"),
+    "manifest without end": (lambda folder: (folder / MANIFEST).write_text("[" * 99_999), f"no readable {MANIFEST}"),
+    "manifest without the adapter": (without_the_adapter, f"no readable {MANIFEST}"),
     "manifest empty": (lambda folder: (folder / MANIFEST).write_text("{}"), f"no readable {MANIFEST}"),
 }
 

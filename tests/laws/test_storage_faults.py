@@ -1,0 +1,69 @@
+"""Whatever the disk does during a save, what is there after it is whole, and the next start goes on as if nothing had been."""
+
+import errno
+
+import pytest
+from running import hashes
+from saving import Run
+from storage_faults import DAMAGE, FAULTS, Damage, Save, flip, step, unreadable
+from tracing import AVAILABLE, LOST
+
+from lora_cli.train.checkpoint import MANIFEST
+
+pytestmark = pytest.mark.skipif(not AVAILABLE, reason="system calls are traced on Linux on x86-64")
+
+
+@pytest.fixture(scope="module")
+def save(tmp_path_factory):
+    return Save(tmp_path_factory.mktemp("save"))
+
+
+@pytest.mark.parametrize("fault", [name for name in FAULTS if FAULTS[name] != LOST])
+def test_every_call_of_a_save_may_fail_or_be_its_last(fault, save):
+    for number in range(1, len(save.calls) + 1):
+        save.trial(number, FAULTS[fault])
+
+
+def test_a_write_that_is_silently_lost_is_found_before_the_step_counts_as_saved(save):
+    for number in save.writes:
+        save.trial(number, LOST)
+
+
+def test_what_is_renamed_has_been_forced_to_disk_and_then_the_name(save):
+    """What a loss of power leaves is not up to the order of the calls then."""
+    renamed = next(number for number, call in enumerate(save.calls) if call.name == "rename")
+    draft, behind = save.calls[renamed].path, save.calls[renamed + 1]
+    last = {call.path: call.name for call in save.calls[:renamed] if call.path.is_relative_to(draft)}
+    assert len(last) == 6
+    assert set(last.values()) == {"fsync"}
+    assert (behind.name, behind.path) == ("fsync", draft.parent)
+
+
+@pytest.fixture(scope="module")
+def damage(tmp_path_factory):
+    return Damage(tmp_path_factory.mktemp("damage"))
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_checkpoint_is_passed_over_and_made_again(kind, damage):
+    damage.trial(DAMAGE[kind])
+
+
+def test_any_bit_may_flip(damage):
+    size = (damage.before / step(3) / MANIFEST).stat().st_size
+    for bit in range(7, size * 8, 97):
+        damage.trial(lambda folder, bit=bit: flip(folder / MANIFEST, bit))
+
+
+def test_a_file_on_a_bad_sector_is_damage_too(damage, tmp_path):
+    run = Run()
+    for _ in range(3):
+        run.train(1)
+        run.save(tmp_path / "checkpoints")
+    before = hashes(tmp_path / "checkpoints" / step(3))
+
+    found, said = unreadable(tmp_path / "checkpoints", errno.EIO, log=tmp_path / "log")
+
+    assert found == [step(1), step(2), f"{step(3)}.damaged-1"]
+    assert f"newest {step(2)}" in said
+    assert hashes(tmp_path / "checkpoints" / f"{step(3)}.damaged-1") == before
