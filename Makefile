@@ -4,6 +4,7 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 TESTS ?= tests
 WORKERS ?= auto
+KILLS ?= 200
 
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -46,6 +47,9 @@ test: $(INSTALLED)  ## all tests; TESTS=tests/lora for some of them
 test-gpu: $(INSTALLED)  ## the tests that need a CUDA device
 	$(IN_VENV) python -m pytest -q -m gpu tests/test_gpu.py
 
+torture: $(INSTALLED)  ## faults by the hundred (KILLS=200), and docs/torture.md with what came of them
+	$(IN_VENV) python scripts/torture.py --kills $(KILLS) --page docs/torture.md
+
 test-lowest:  ## the tests on the lowest versions that pyproject.toml admits, in .venv-lowest
 	@$(MAKE) --no-print-directory test VENV=$(VENV)-lowest CONSTRAINTS=constraints-lowest.txt
 
@@ -61,4 +65,4 @@ clean:  ## remove caches and build files; runs in out/, models/ and .venv stay
 	rm -rf build *.egg-info .pytest_cache .ruff_cache .import_linter_cache .mypy_cache
 	find lora_cli scripts tests -name __pycache__ -type d -exec rm -rf {} +
 
-.PHONY: help setup tokenizers quickstart fix lint test test-gpu test-lowest check docs size clean
+.PHONY: help setup tokenizers quickstart fix lint test test-gpu torture test-lowest check docs size clean

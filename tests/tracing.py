@@ -10,7 +10,7 @@ import os
 import platform
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
@@ -75,6 +75,7 @@ class Traced:
     pid: int
     below: Path  # calls elsewhere don't count
     kinds: Mapping[int, Kind] = field(default_factory=lambda: CHANGES)
+    of: Callable[[Call], bool] = lambda call: True  # nor do others
     calls: list[Call] = field(default_factory=list)
 
     def run(self, at: int = 0, fault: int | str = KILL) -> int:
@@ -115,7 +116,10 @@ class Traced:
         if kind is None or (kind.flags is not None and not self._argument(kind.flags) & (os.O_WRONLY | os.O_RDWR)):
             return None
         path = self._path(kind)
-        return Call(kind.name, path) if path and path.is_relative_to(self.below) else None
+        if path is None or not path.is_relative_to(self.below):
+            return None
+        call = Call(kind.name, path)
+        return call if self.of(call) else None
 
     def _path(self, kind: Kind) -> Path | None:
         if kind.descriptor is not None:

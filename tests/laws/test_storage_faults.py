@@ -1,14 +1,18 @@
 """Whatever the disk does during a save, what is there after it is whole, and the next start goes on as if nothing had been."""
 
 import errno
+import resource
 
 import pytest
-from running import hashes
+from faults import forked
+from running import adapter_bytes, hashes
 from saving import Run
 from storage_faults import DAMAGE, FAULTS, Damage, Save, flip, step, unreadable
-from tracing import AVAILABLE, LOST
+from tracing import AVAILABLE, LOST, Traced, stand_still
 
-from lora_cli.train.checkpoint import MANIFEST
+from lora_cli.train.checkpoint import MANIFEST, OPTIMIZER
+
+SETTINGS = {"training.max_steps": 3, "training.save_steps": 1}  # of the runs through the command
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="system calls are traced on Linux on x86-64")
 
@@ -67,3 +71,33 @@ def test_a_file_on_a_bad_sector_is_damage_too(damage, tmp_path):
     assert found == [step(1), step(2), f"{step(3)}.damaged-1"]
     assert f"newest {step(2)}" in said
     assert hashes(tmp_path / "checkpoints" / f"{step(3)}.damaged-1") == before
+
+
+def test_a_failing_disk_is_one_error_that_names_the_file(recipe, tmp_path, straight):
+    """Through the command, at the fsync of the second checkpoint's optimizer."""
+    out = tmp_path / "out"
+    run = forked("train", recipe(SETTINGS), log=tmp_path / "log", before=stand_still)
+    traced = Traced(run.pid, out, of=lambda call: (call.name, call.path.name) == ("fsync", OPTIMIZER))
+
+    assert traced.run(2, errno.EIO) == 5, run.said
+
+    assert run.announced == 1
+    assert f"\nerror: the disk refuses: Input/output error\n  --> {out}/checkpoints/.tmp-step-0000002-" in run.said
+    assert run.said.endswith(f"/{OPTIMIZER}\n  fix: free some space, or give another folder with `--out`\n")
+    assert forked("train", tmp_path / "recipe.yaml", "--resume", log=tmp_path / "log").wait() == 0
+    assert adapter_bytes(out) == adapter_bytes(straight)
+
+
+def test_a_file_that_may_not_grow_any_more_is_a_fault_of_storage(recipe, tmp_path, straight):
+    limit = (straight / "checkpoints" / step(3) / OPTIMIZER).stat().st_size - 1
+    run = forked(
+        "train",
+        recipe(SETTINGS),
+        log=tmp_path / "log",
+        before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+
+    assert run.wait() == 5
+    assert "error: the disk refuses: File too large\n  --> " in run.said
+    assert forked("train", tmp_path / "recipe.yaml", "--resume", log=tmp_path / "log").wait() == 0
+    assert adapter_bytes(tmp_path / "out") == adapter_bytes(straight)
