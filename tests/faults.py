@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -20,6 +21,11 @@ import torch
 from lora_cli.train.checkpoint import fault_of
 
 SECONDS = 120  # that nothing here takes
+HEAVY = (
+    "lora_cli.cli.train",
+    "lora_cli.runs.train",
+    "transformers.optimization",
+)  # what `lora train` imports on its way
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,9 @@ class Forked:
 def forked(*arguments: object, log: Path, before: Callable[[], None] = lambda: None) -> Forked:
     """Start the command; `before` runs in its process first, and may put faults into it."""
     from lora_cli.cli.main import main
+
+    for name in HEAVY:
+        import_module(name)
 
     def command() -> None:
         sys.argv = ["lora", *map(str, arguments)]
