@@ -50,6 +50,9 @@ test-gpu: $(INSTALLED)  ## the tests that need a CUDA device
 torture: $(INSTALLED)  ## faults by the hundred (KILLS=200), and docs/torture.md with what came of them
 	$(IN_VENV) python scripts/torture.py --kills $(KILLS) --page docs/torture.md
 
+mutants: $(INSTALLED)  ## plant faults one by one and count those that the tests notice; ONLY="part of a name"
+	$(IN_VENV) python scripts/mutants.py $(if $(ONLY),"$(ONLY)")
+
 test-lowest:  ## the tests on the lowest versions that pyproject.toml admits, in .venv-lowest
 	@$(MAKE) --no-print-directory test VENV=$(VENV)-lowest CONSTRAINTS=constraints-lowest.txt
 
@@ -65,4 +68,4 @@ clean:  ## remove caches and build files; runs in out/, models/ and .venv stay
 	rm -rf build *.egg-info .pytest_cache .ruff_cache .import_linter_cache .mypy_cache
 	find lora_cli scripts tests -name __pycache__ -type d -exec rm -rf {} +
 
-.PHONY: help setup tokenizers quickstart fix lint test test-gpu torture test-lowest check docs size clean
+.PHONY: help setup tokenizers quickstart fix lint test test-gpu torture mutants test-lowest check docs size clean

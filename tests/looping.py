@@ -29,7 +29,17 @@ def rows(count: int = 8) -> list[Example]:
 
 
 class Run:
-    def __init__(self, accelerator, *, seed: int = 0, losses=(), dropout: float = 0.0, rate: float = 1e-2, **changed):
+    def __init__(
+        self,
+        accelerator,
+        *,
+        seed: int = 0,
+        losses=(),
+        dropout: float = 0.0,
+        rate: float = 1e-2,
+        schedule=lambda step: 1.0,
+        **changed,
+    ):
         self.model = tiny_model("llama")
         config = LoRAConfig(r=4, lora_alpha=8, target_modules=("q_proj",), lora_dropout=dropout)
         inject(self.model, config, TARGETS, seed=seed)
@@ -42,6 +52,7 @@ class Run:
         self.losses = iter(losses)
         self.settings = settings(**changed)
         self.accelerator = accelerator
+        self.schedule = schedule
         self.stop = False
         self.rewind = None
 
@@ -51,7 +62,7 @@ class Run:
             self.task,
             self.optimizer,
             self.parameters,
-            schedule=lambda step: 1.0,
+            schedule=self.schedule,
             settings=self.settings,
             accelerator=self.accelerator,
             ranks=Ranks(self.accelerator, lambda: self.stop),

@@ -10,7 +10,8 @@ from layers import PATH, inputs
 from running import hashes
 from saving import SETTINGS, Run
 
-from lora_cli.errors import ModelError
+from lora_cli.durable import write_synced
+from lora_cli.errors import ModelError, StorageError
 from lora_cli.lora.adapter import Adapter
 from lora_cli.lora.init import INITS
 from lora_cli.lora.inject import lora_layers
@@ -139,6 +140,37 @@ DAMAGE = {
     "manifest without the adapter": (without_the_adapter, f"no readable {MANIFEST}"),
     "manifest empty": (lambda folder: (folder / MANIFEST).write_text("{}"), f"no readable {MANIFEST}"),
 }
+
+
+def test_every_file_and_name_is_on_the_disk_before_a_step_counts_as_saved(tmp_path, monkeypatch):
+    run, folder, real = Run(), tmp_path / "step-0000001", os.fsync
+    before_the_name, behind_it = set(), set()
+
+    def seen(descriptor: int) -> None:
+        real(descriptor)
+        (behind_it if folder.exists() else before_the_name).add(os.fstat(descriptor).st_ino)
+
+    monkeypatch.setattr(os, "fsync", seen)
+    run.train(1)
+    run.save(tmp_path)
+
+    assert {path.stat().st_ino for path in (folder, *folder.iterdir())} <= before_the_name
+    assert tmp_path.stat().st_ino in behind_it
+
+
+@pytest.mark.parametrize("name", [OPTIMIZER, "adapter_model.safetensors", STATE])
+def test_what_the_disk_gives_back_otherwise_is_not_saved_and_nothing_has_changed(name, saved, monkeypatch):
+    def with_a_bit_lost(file, content):
+        write_synced(file, content[:-1] + bytes([content[-1] ^ 1]) if file.name == name else content)
+
+    run, before = Run(), hashes(saved)
+    monkeypatch.setattr("lora_cli.train.checkpoint.write_synced", with_a_bit_lost)
+    run.train(4)
+
+    with pytest.raises(StorageError, match="does not read back the same"):
+        run.save(saved, keep=1)
+
+    assert hashes(saved) == before
 
 
 @pytest.mark.parametrize("damage", DAMAGE)

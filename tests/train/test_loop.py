@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from layers import randomize, relative_difference
 from looping import Run, kinds, rows, settings
 
+from lora_cli.data.collate import collate
 from lora_cli.errors import DivergedError
 from lora_cli.train.events import Evaluated, Finished, Sampled, Saved, Step
 from lora_cli.train.layout import Layout, micro_batches
@@ -19,13 +20,21 @@ def accelerator():
     return Accelerator(cpu=True)
 
 
+class Kept(torch.optim.SGD):
+    """Keeps the gradients of its last step."""
+
+    def step(self, closure=None):
+        self.gradients = [p.grad.clone() for group in self.param_groups for p in group["params"]]
+        super().step(closure)
+
+
 def gradients(accelerator, size: int) -> dict[str, torch.Tensor]:
-    """Of one step's rows, cut into micro-batches of `size`, as the loop sums them."""
-    run = Run(accelerator)
+    """What the optimizer is given for one step's rows, cut into micro-batches of `size`."""
+    run = Run(accelerator, layout=Layout(size), max_grad_norm=0.0)
     randomize(run.model, size=0.1)
-    for _, batch in micro_batches(rows(), Layout(size), rank=0, processes=1):
-        (run.task(batch).total / sum(row.items for row in rows())).backward()
-    return {name: p.grad for name, p in run.parameters.items()}
+    run.optimizer = Kept(run.parameters.values(), lr=1e-2)
+    next(event for event in run.events() if isinstance(event, Step))
+    return dict(zip(run.parameters, run.optimizer.gradients, strict=True))
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
@@ -50,6 +59,24 @@ def test_the_loss_of_a_step_is_the_mean_over_its_trained_tokens(accelerator):
 
     assert step.loss == pytest.approx(nll / tokens, rel=1e-6)
     assert step.tokens == tokens
+
+
+def test_the_gradient_of_a_step_is_that_of_the_mean_over_its_trained_tokens(accelerator):
+    run = Run(accelerator)
+    randomize(run.model, size=0.1)
+    (run.task(collate([[row] for row in rows()])).total / sum(row.items for row in rows())).backward()
+
+    found = gradients(accelerator, 2)
+
+    assert max(relative_difference(found[name], p.grad) for name, p in run.parameters.items()) <= 2e-6
+
+
+def test_each_step_has_the_rate_of_its_own_number(accelerator):
+    run = Run(accelerator, rate=1e-2, schedule=lambda step: step / 10)
+
+    rates = [event.lr for event in run.events(steps=3) if isinstance(event, Step)]
+
+    assert rates == pytest.approx([1e-3, 2e-3, 3e-3])
 
 
 def test_the_gradient_norm_told_is_that_before_clipping_and_clipping_bounds_the_step(accelerator):

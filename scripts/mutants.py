@@ -1,0 +1,755 @@
+"""Planted faults: the silent ways to ruin a fine-tuning run, put into the code one by one. The tests must notice each.
+
+    python scripts/mutants.py [NAME …] [--list] [--jobs 2]
+
+Each fault is one change of the text in a copy of the project, and the few tests that have to fail then. A fault that
+they let pass is a hole in the tests: it is named, and the exit code is 1.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import SimpleQueue
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+COPIED = ("lora_cli", "tests", "scripts", "configs", "docs", "recipes", "pyproject.toml", "README.md", "Makefile")
+FAILED, PASSED = 1, 0  # pytest's exit codes; others mean that it could not run the tests
+SECONDS = 300  # for the tests of one fault
+
+
+class Mutant(NamedTuple):
+    """`text` stands once in `file` (of lora_cli) and becomes `planted`; of `tests`, under tests/, one fails then."""
+
+    name: str
+    file: str
+    text: str
+    planted: str
+    tests: str
+
+    @property
+    def path(self) -> Path:
+        return Path("lora_cli", self.file)
+
+    @property
+    def selection(self) -> list[str]:
+        return [f"tests/{test}" for test in self.tests.split()]
+
+
+class Outcome(NamedTuple):
+    mutant: Mutant
+    killed_by: str | None  # the first test that failed
+    seconds: float
+
+
+class Unusable(Exception):
+    """The list does not fit the code or the tests."""
+
+
+MUTANTS = (
+    # The scale, the starts, and the layer
+    Mutant(
+        "scale is alpha, not alpha/r",
+        "lora/config.py",
+        "return self.lora_alpha / (sqrt(self.r) if self.use_rslora else self.r)",
+        "return self.lora_alpha",
+        "lora/test_config.py",
+    ),
+    Mutant(
+        "scale is alpha/r²",
+        "lora/config.py",
+        "return self.lora_alpha / (sqrt(self.r) if self.use_rslora else self.r)",
+        "return self.lora_alpha / (self.r if self.use_rslora else self.r**2)",
+        "lora/test_config.py",
+    ),
+    Mutant(
+        "rsLoRA is ignored",
+        "lora/config.py",
+        "return self.lora_alpha / (sqrt(self.r) if self.use_rslora else self.r)",
+        "return self.lora_alpha / self.r",
+        "lora/test_config.py",
+    ),
+    Mutant(
+        "a start taken off doubles the rank of rsLoRA and not its alpha",
+        "lora/config.py",
+        "alpha_factor = sqrt(factor) if self.use_rslora else factor",
+        "alpha_factor = factor",
+        "lora/test_config.py lora/test_layer_laws.py::test_saved_and_loaded_into_the_unchanged_base_it_answers_the_same",
+    ),
+    Mutant(
+        "PiSSA starts without the scale",
+        "lora/init.py",
+        "root = (S[:r] / layer.scale).sqrt()",
+        "root = S[:r].sqrt()",
+        "lora/test_inject.py::test_pissa_starts_at_the_best_approximation_of_the_weight",
+    ),
+    Mutant(
+        "a start that is not zero is not taken off",
+        "lora/layer.py",
+        "if B.any():",
+        "if False:",
+        "lora/test_layer_laws.py::test_training_starts_at_the_base_model",
+    ),
+    Mutant(
+        "all layers start alike",
+        "lora/inject.py",
+        "init(layer, generator_for(seed, path))",
+        "init(layer, generator_for(seed))",
+        "lora/test_inject.py::test_different_paths_start_differently",
+    ),
+    Mutant(
+        "the base is trained too",
+        "lora/inject.py",
+        "model.requires_grad_(False)",
+        "model.requires_grad_(True)",
+        "lora/test_inject.py::test_the_model_is_frozen_but_for_the_factors",
+    ),
+    Mutant(
+        "the check that the base stood still looks at nothing",
+        "lora/inject.py",
+        "        if not parameter.requires_grad:\n            flat",
+        "        if False:\n            flat",
+        "lora/test_inject.py",
+    ),
+    Mutant(
+        "dropout acts on nothing",
+        "lora/layer.py",
+        "lora_update(self.dropout(x), A, B, self.scale)",
+        "lora_update(x, A, B, self.scale)",
+        "lora/test_layer_laws.py::test_dropout_acts_in_training_alone_and_on_the_update_alone",
+    ),
+    Mutant(
+        "DoRA stretches the bias",
+        "lora/layer.py",
+        "without_bias = y if self.base.bias is None else y - self.base.bias.to(y.dtype)",
+        "without_bias = y",
+        "lora/test_layer_laws.py::test_the_merged_weight_gives_the_output_of_the_layer",
+    ),
+    Mutant(
+        "DoRA divides by the norm of the base alone",
+        "lora/layer.py",
+        "norm = merged_weight(dense(self.base), *self.factors(), self.scale).norm(dim=1)",
+        "norm = dense(self.base).float().norm(dim=1)",
+        "lora/test_layer_laws.py::test_the_merged_weight_gives_the_output_of_the_layer",
+    ),
+    Mutant(
+        "Conv1D is read as it lies",
+        "lora/weights.py",
+        "lambda layer: layer.weight.T, transposed=True",
+        "lambda layer: layer.weight, transposed=True",
+        "lora/test_inject.py::test_a_storage_knows_the_shape_of_its_dense_weight",
+    ),
+    Mutant(
+        "what is trained whole is not used",
+        "lora/whole.py",
+        "return functional_call(self.base, used, args, kwargs)",
+        "return self.base(*args, **kwargs)",
+        "lora/test_whole.py",
+    ),
+    # The files of PEFT
+    Mutant(
+        "keys lack PEFT's prefix",
+        "lora/peft_format.py",
+        'PREFIX = "base_model.model."',
+        'PREFIX = "base_model."',
+        "lora/test_peft_both_ways.py",
+    ),
+    Mutant(
+        "alphas of single layers are not saved",
+        "lora/peft_format.py",
+        '"alpha_pattern": {pattern: _whole(alpha) for pattern, alpha in config.alpha_pattern.items()},',
+        '"alpha_pattern": {},',
+        "lora/test_peft_both_ways.py lora/test_peft_format.py lora/test_adapter.py",
+    ),
+    Mutant(
+        "PEFT is not told of a transposed base",
+        "lora/peft_format.py",
+        '"fan_in_fan_out": transposed,',
+        '"fan_in_fan_out": False,',
+        "lora/test_peft_both_ways.py lora/test_peft_format.py",
+    ),
+    Mutant(
+        "settings that are not read are passed over",
+        "lora/peft_format.py",
+        "if key in found and found[key] not in plain",
+        "if False",
+        "lora/test_peft_format.py::test_a_setting_that_would_be_ignored_is_refused",
+    ),
+    Mutant(
+        "another base has the same fingerprint",
+        "lora/base_files.py",
+        'return names or (["the names, types or shapes of the tensors"] if self.layout != other.layout else [])',
+        "return []",
+        "lora/test_base_files.py",
+    ),
+    Mutant(
+        "a base of another fingerprint is taken",
+        "lora/adapter.py",
+        "if differences and not allow:",
+        "if False:",
+        "lora/test_adapter.py",
+    ),
+    Mutant(
+        "a dead adapter passes",
+        "lora/adapter.py",
+        "or any(_acts(factors) for factors in self.layers.values())",
+        "or True",
+        "lora/test_adapter.py::test_an_adapter_that_was_not_trained_does_nothing_whatever_it_started_from",
+    ),
+    # Rendering
+    Mutant(
+        "the stop token of an answer is not trained",
+        "data/render.py",
+        "return prompt, answer[:stop], weights[:last] + [1.0] * (stop - last)",
+        "return prompt, answer[:stop], weights[: stop - 1] + [0.0]",
+        "data/test_render.py",
+    ),
+    Mutant(
+        "the end token of a completion is not trained",
+        "data/render.py",
+        "weights.append(1.0)",
+        "weights.append(0.0)",
+        "data/test_render.py::test_a_completion_is_trained_behind_the_prompt_of_inference_up_to_the_end_token",
+    ),
+    Mutant(
+        "the trained span begins a token early",
+        "data/render.py",
+        "weights = weights + [0.0] * (len(prompt) - len(input_ids)) + scaled",
+        "weights = weights + [0.0] * (len(prompt) - len(input_ids) - 1) + scaled + [0.0]",
+        "data/test_render.py",
+    ),
+    Mutant(
+        "turns are joined whatever the next prompt begins with",
+        "data/render.py",
+        "if prompt[: len(input_ids)] != input_ids:",
+        "if len(prompt) < len(input_ids):",
+        "data/test_render.py::test_a_template_that_drops_earlier_reasoning_makes_an_example_an_answer",
+    ),
+    Mutant(
+        "the prompt lacks what the template puts before an answer",
+        "data/render.py",
+        "before = self._template(messages[:-1], tools, add_generation_prompt=True)",
+        "before = self._template(messages[:-1], tools)",
+        "data/test_render.py",
+    ),
+    Mutant(
+        "BOS stands twice",
+        "data/render.py",
+        "return ids if ids[:1] == self._bos else self._bos + ids",
+        "return self._bos + ids",
+        "data/test_render.py",
+    ),
+    Mutant(
+        "a template that writes BOS twice is taken",
+        "data/render.py",
+        "if self.tokenizer.bos_token_id is not None and",
+        "if False and",
+        "data/test_render.py::test_a_template_that_writes_bos_twice_makes_a_bad_row",
+    ),
+    Mutant(
+        "weights of messages are ignored",
+        "data/render.py",
+        "scaled = [message.weight * weight for weight in answer_weights]",
+        "scaled = list(answer_weights)",
+        "data/test_render.py::test_the_weight_of_a_message_is_that_of_its_tokens_and_counts_in_the_divisor",
+    ),
+    Mutant(
+        "truncation keeps the end",
+        "data/render.py",
+        "input_ids=example.input_ids[:max_length], weights=example.weights[:max_length]",
+        "input_ids=example.input_ids[-max_length:], weights=example.weights[-max_length:]",
+        "data/test_render.py::test_truncation_keeps_the_first_tokens_and_counts_the_rest",
+    ),
+    # Rows
+    Mutant(
+        "rows with nothing to learn are kept",
+        "data/pipeline.py",
+        "if (short := truncate(example, max_length)).items]",
+        "if (short := truncate(example, max_length))]",
+        "data/test_pipeline.py::test_few_answers_lost_to_max_length_are_left_out_and_counted",
+    ),
+    Mutant(
+        "held-out rows are trained too",
+        "data/pipeline.py",
+        "train = [example for example in examples if example.row not in held_out]",
+        "train = list(examples)",
+        "data/test_pipeline.py::test_a_split_covers_all_rows_and_no_row_twice_in_file_order",
+    ),
+    Mutant(
+        "every epoch has the same order",
+        "data/pipeline.py",
+        'return _permutation(f"epoch {epoch} of {seed}", count)',
+        'return _permutation(f"epoch of {seed}", count)',
+        "data/test_pipeline.py::test_the_order_is_a_permutation_and_a_function_of_seed_and_epoch",
+    ),
+    Mutant(
+        "the order comes from the global random numbers",
+        "data/pipeline.py",
+        "torch.randperm(count, generator=torch.Generator().manual_seed(seed))",
+        "torch.randperm(count)",
+        "data/test_pipeline.py::test_the_order_is_a_permutation_and_a_function_of_seed_and_epoch",
+    ),
+    Mutant(
+        "a resumed run begins with the first rows again",
+        "data/pipeline.py",
+        "epoch_length(examples), start * size)",
+        "epoch_length(examples), 0)",
+        "data/test_pipeline.py::test_resuming_is_skipping",
+    ),
+    Mutant(
+        "a resumed run leaves a row out",
+        "data/pipeline.py",
+        "epoch_length(examples), start * size)",
+        "epoch_length(examples), start * size + (start > 0))",
+        "data/test_pipeline.py::test_resuming_is_skipping",
+    ),
+    Mutant(
+        "rows that cannot be used are no part of the fingerprint's order",
+        "data/pipeline.py",
+        "    digest = sha256()\n    for example in examples:\n        digest.update(len(example.input_ids)",
+        "    digest = sha256()\n    for example in sorted(examples, key=lambda e: e.input_ids):\n"
+        "        digest.update(len(example.input_ids)",
+        "data/test_pipeline.py::test_the_fingerprint_is_of_tokens_weights_and_order",
+    ),
+    # Batches
+    Mutant(
+        "labels are not shifted",
+        "data/collate.py",
+        "labels[i, : end - 1] = input_ids[i, 1:end].where(",
+        "labels[i, : end - 1] = input_ids[i, : end - 1].where(",
+        "data/test_collate.py",
+    ),
+    Mutant(
+        "weights are not shifted",
+        "data/collate.py",
+        "for weight in example.weights][1:])",
+        "for weight in example.weights][:-1])",
+        "data/test_collate.py",
+    ),
+    Mutant(
+        "padding is told by its id",
+        "data/collate.py",
+        ".where(weights[i, : end - 1] > 0, IGNORE)",
+        ".where((weights[i, : end - 1] > 0) & (input_ids[i, 1:end] != 0), IGNORE)",
+        "data/test_collate.py",
+    ),
+    Mutant(
+        "positions do not restart in packed documents",
+        "data/collate.py",
+        "places = [torch.cat([torch.arange(size) for size in row]) for row in sizes]",
+        "places = [torch.arange(sum(row)) for row in sizes]",
+        "data/test_collate.py::test_a_packed_row_tells_its_documents_and_restarts_their_places",
+    ),
+    Mutant(
+        "packed documents see each other",
+        "models/attention.py",
+        "return (seen & (documents[:, :, None] == documents[:, None, :])).unsqueeze(1)",
+        "return seen.expand(len(documents), *seen.shape).unsqueeze(1)",
+        "models/test_attention.py",
+    ),
+    Mutant(
+        "a document is predicted from the one before it",
+        "data/render.py",
+        "weights[:1] = [0.0]  #",
+        "weights[:1] = weights[:1]  #",
+        "data/test_render.py",
+    ),
+    Mutant(
+        "losses of sources are swapped",
+        "data/collate.py",
+        "found[sources.index(example.row.source), i, start : end - 1] = True",
+        "found[-1 - sources.index(example.row.source), i, start : end - 1] = True",
+        "laws/test_sources.py::test_the_losses_of_the_sources_are_those_of_their_rows_alone",
+    ),
+    # The loss and its divisor
+    Mutant(
+        "prompts count in the divisor",
+        "data/types.py",
+        "return sum(self.weights)",
+        "return float(len(self.weights))",
+        "train/test_loop.py::test_the_loss_of_a_step_is_the_mean_over_its_trained_tokens",
+    ),
+    Mutant(
+        "the divisor counts tokens, not their weights",
+        "data/types.py",
+        "return sum(self.weights)",
+        "return float(sum(weight > 0 for weight in self.weights))",
+        "data/test_render.py::test_the_weight_of_a_message_is_that_of_its_tokens_and_counts_in_the_divisor",
+    ),
+    Mutant(
+        "the loss of a batch is a mean",
+        "objectives/sft.py",
+        "return Loss(losses @ weights, {})",
+        "return Loss(losses @ weights / weights.count_nonzero().clamp(min=1), {})",
+        "train/test_loop.py::test_the_loss_of_a_step_is_the_mean_over_its_trained_tokens",
+    ),
+    Mutant(
+        "weights of tokens are ignored in the loss",
+        "objectives/sft.py",
+        "return Loss(losses @ weights, {})",
+        "return Loss(losses.sum(), {})",
+        "train/test_loop.py objectives",
+    ),
+    Mutant(
+        "micro-batches are divided one by one",
+        "train/loop.py",
+        "accelerator.backward(loss.total / items)",
+        'accelerator.backward(loss.total / batch["weights"].sum().clamp(min=1))',
+        "train/test_loop.py::test_gradients_do_not_depend_on_the_micro_batches",
+    ),
+    Mutant(
+        "the loss is divided by the number of micro-batches too",
+        "train/loop.py",
+        "accelerator.backward(loss.total / items)",
+        "accelerator.backward(loss.total / items / max(1, len(rows) // progress.layout.micro_batch_size))",
+        "train/test_loop.py::test_gradients_do_not_depend_on_the_micro_batches",
+    ),
+    Mutant(
+        "rows that are classified weigh alike",
+        "objectives/classify.py",
+        "return Loss(losses @ weights, metrics)",
+        "return Loss(losses.sum(), metrics)",
+        "objectives/test_classify.py::test_a_row_without_weight_counts_for_nothing",
+    ),
+    # Steps
+    Mutant(
+        "dropout is the same at every step",
+        "train/loop.py",
+        'derived_seed(parts.settings.seed, "dropout", number, first)',
+        'derived_seed(parts.settings.seed, "dropout", first)',
+        "train/test_loop.py::test_dropout_is_drawn_anew_at_every_step",
+    ),
+    Mutant(
+        "dropout depends on what was drawn before",
+        "train/loop.py",
+        'torch.manual_seed(derived_seed(parts.settings.seed, "dropout", number, first))',
+        "torch.initial_seed()",
+        "train/test_loop.py::test_dropout_is_a_function_of_seed_and_step_not_of_what_was_drawn_before",
+    ),
+    Mutant(
+        "a loss that is not finite is applied",
+        "train/loop.py",
+        "if not math.isfinite(loss) or not math.isfinite(grad_norm) or (spike and parts.rewind):",
+        "if spike and parts.rewind:",
+        "train/test_numerics.py",
+    ),
+    Mutant(
+        "a gradient that is not finite is applied",
+        "train/loop.py",
+        "if not math.isfinite(loss) or not math.isfinite(grad_norm) or (spike and parts.rewind):",
+        "if not math.isfinite(loss) or (spike and parts.rewind):",
+        "train/test_numerics.py::test_a_gradient_that_is_not_finite_counts_as_much_as_a_loss",
+    ),
+    Mutant(
+        "gradients are not clipped",
+        "train/loop.py",
+        "parts.settings.max_grad_norm or math.inf",
+        "math.inf",
+        "train/test_loop.py::test_the_gradient_norm_told_is_that_before_clipping_and_clipping_bounds_the_step",
+    ),
+    Mutant(
+        "the learning rate is that of the step before",
+        "train/loop.py",
+        "parts.schedule(number)",
+        "parts.schedule(number - 1)",
+        "train/test_loop.py",
+    ),
+    Mutant(
+        "the warm-up begins at zero",
+        "train/optim.py",
+        "return lambda step: factor(step if step <= warmup else step - 1)",
+        "return lambda step: factor(step - 1)",
+        "train/test_optim.py::test_no_step_is_spent_on_nothing_and_the_peak_is_reached_and_never_passed",
+    ),
+    Mutant(
+        "the learning rate shrinks by its factor at every step",
+        "train/optim.py",
+        'group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor',
+        'group["lr"] = group["lr"] * factor',
+        "train/test_optim.py::test_the_rate_is_the_peak_times_the_factor_however_often_it_is_set",
+    ),
+    # Evaluation
+    Mutant(
+        "dropout acts in the evaluation",
+        "evaluate/loss.py",
+        "task.eval()",
+        "task.train()",
+        "evaluate/test_held_out_loss.py::test_dropout_is_off_and_every_modules_own_mode_comes_back",
+    ),
+    Mutant(
+        "modules are not put back as they were",
+        "evaluate/loss.py",
+        "module.training = training",
+        "module.training = True",
+        "evaluate/test_held_out_loss.py",
+    ),
+    Mutant(
+        "the held-out loss is a mean of batch means",
+        "evaluate/loss.py",
+        "return HeldOut(summed.total.item() / items,",
+        "batches = micro_batches(list(examples), layout, **ranks)\n"
+        '    means = [found.total.item() / batch["weights"].sum().item() for found, (_, batch) in zip(losses, batches)]\n'
+        "    return HeldOut(sum(means) / len(means),",
+        "evaluate/test_held_out_loss.py::test_it_is_the_sum_over_all_rows_divided_once",
+    ),
+    Mutant(
+        "the best step is the one of the highest loss",
+        "train/loop.py",
+        "progress.kept_loss is None or loss < progress.kept_loss",
+        "progress.kept_loss is None or loss > progress.kept_loss",
+        "laws/test_resume.py::test_with_keep_best_the_result_is_the_adapter_of_the_lowest_held_out_loss",
+    ),
+    # Checkpoints and runs
+    Mutant(
+        "the optimizer begins anew in a resumed run",
+        "train/checkpoint.py",
+        '    restore_optimizer(optimizer, parameters, tensors, state["optimizer"])\n    if "snapshot"',
+        '    if "snapshot"',
+        "train/test_checkpoint.py::test_restored_it_goes_on_bit_for_bit",
+    ),
+    Mutant(
+        "bytes that changed in a checkpoint are not noticed",
+        "train/checkpoint.py",
+        "if hashlib.sha256(file.read_bytes()).hexdigest() != digest:",
+        "if False:",
+        "train/test_checkpoint.py::test_a_damaged_newest_is_named_and_passed_over",
+    ),
+    Mutant(
+        "what was written is not read back",
+        "train/checkpoint.py",
+        "        check(draft)\n",
+        "",
+        "train/test_checkpoint.py",
+    ),
+    Mutant(
+        "a draft has its name before it is on the disk",
+        "durable.py",
+        "        stream.flush()\n        sync(stream.fileno())\n",
+        "        stream.flush()\n",
+        "train/test_checkpoint.py",
+    ),
+    Mutant(
+        "a step is saved before its name is on the disk",
+        "train/checkpoint.py",
+        "    sync_path(folder.parent)\n",
+        "",
+        "train/test_checkpoint.py",
+    ),
+    Mutant(
+        "rotation removes the newest",
+        "train/checkpoint.py",
+        "    for folder in reversed(_by_step(checkpoints)):\n        if whole < keep:",
+        "    for folder in _by_step(checkpoints):\n        if whole < keep:",
+        "train/test_checkpoint.py::test_rotation_keeps_the_newest_by_the_number_of_the_step_whatever_the_clock_says",
+    ),
+    Mutant(
+        "rotation removes the best",
+        "train/checkpoint.py",
+        "elif folder.name != folder_name(spare or 0):",
+        "else:",
+        "laws/test_resume.py::test_the_best_checkpoint_outlives_the_rotation",
+    ),
+    Mutant(
+        "the start that is taken off is lost in a resumed run",
+        "train/checkpoint.py",
+        "if len(factors.A) == 2 * r:",
+        "if False:",
+        "train/test_checkpoint.py::test_the_start_that_is_taken_off_comes_back_with_the_factors",
+    ),
+    Mutant(
+        "a changed recipe is resumed",
+        "runs/resume.py",
+        "    if refused:\n",
+        "    if False:\n",
+        "laws/test_resume.py::test_a_changed_recipe_is_refused_by_name_and_changes_no_file",
+    ),
+    Mutant(
+        "other rows are resumed",
+        "runs/resume.py",
+        '"data.train": fingerprint(run.rows.train),',
+        '"data.train": "",',
+        "laws/test_resume.py::test_other_rows_are_refused",
+    ),
+    Mutant(
+        "no lock is taken",
+        "runs/lock.py",
+        "            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)\n",
+        "",
+        "laws/test_run_folder.py::test_a_folder_another_run_writes_to_is_refused",
+    ),
+    # Merging
+    Mutant(
+        "a merge rounds twice",
+        "export/merged.py",
+        "new[rows] = exact.to(dtype)",
+        "new[rows] = exact.to(torch.bfloat16).to(dtype)",
+        "export/test_merged.py::test_a_chosen_dtype_holds_for_all_weights_and_stands_in_the_config"
+        " export/test_merged.py::test_a_merged_model_answers_as_base_and_adapter",
+    ),
+    Mutant(
+        "a merge gives all layers the same scale",
+        "export/merged.py",
+        "factors, scale = adapter.layers[place.path], adapter.config.at(place.path).scale",
+        "factors, scale = adapter.layers[place.path], adapter.config.scale",
+        "export/test_merged.py::test_a_merged_model_answers_as_base_and_adapter",
+    ),
+    Mutant(
+        "every merge is proved",
+        "export/proof.py",
+        "if not proof.unexplained <= allowed:",
+        "if False:",
+        "export/test_proof.py::test_a_wrong_merge_is_not_proved"
+        " export/test_proof.py::test_a_fold_that_does_not_act_as_its_layer_is_found",
+    ),
+    Mutant(
+        "an adapter is merged twice",
+        "export/merged.py",
+        'if adapter.digest() in [entry["sha256"] for entry in merge_record(base_folder)["adapters"]]:',
+        "if False:",
+        "export/test_merged.py::test_merging_the_same_adapter_twice_is_refused",
+    ),
+    # Recipes and errors
+    Mutant(
+        "keys that no recipe has are ignored",
+        "recipe/schema.py",
+        'ConfigDict(extra="forbid", frozen',
+        'ConfigDict(extra="ignore", frozen',
+        "cli/test_commands.py::test_an_unknown_key_is_one_block_with_its_place",
+    ),
+    Mutant(
+        "`--set` shows a secret",
+        "recipe/document.py",
+        'hidden = any(map(looks_secret, name.split("."))) or bool(SECRET_TEXT.search(text))',
+        "hidden = False",
+        "recipe/test_reader.py::test_a_secret_is_refused_and_never_echoed_nor_a_line_that_holds_one",
+    ),
+    Mutant(
+        "a quoted line shows a secret",
+        "recipe/document.py",
+        "    if SECRET_TEXT.search(text):\n",
+        "    if False:\n",
+        "recipe/test_reader.py",
+    ),
+    Mutant(
+        "a diverged run has the exit code of a crash",
+        "errors.py",
+        "    code = 6\n",
+        "    code = 1\n",
+        "cli/test_commands.py::test_an_adapter_that_does_nothing_is_exit_6",
+    ),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help="only the faults whose name holds this")
+    parser.add_argument("--list", action="store_true", help="name the faults, and run nothing")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="so many faults at once")
+    options = parser.parse_args()
+    chosen = [mutant for mutant in MUTANTS if not options.names or any(name in mutant.name for name in options.names)]
+    try:
+        if not chosen:
+            raise Unusable("no fault has such a name; `--list` names them all")
+        if problems := stale(chosen):
+            raise Unusable("\n".join(problems))
+        if options.list:
+            print("\n".join(f"{mutant.path}: {mutant.name}" for mutant in chosen))
+            return
+        survivors = [outcome for outcome in score(chosen, options.jobs) if not outcome.killed_by]
+    except Unusable as error:
+        sys.exit(f"error: {error}")
+    print(f"score: {len(chosen) - len(survivors)}/{len(chosen)}")
+    sys.exit(1 if survivors else 0)
+
+
+def stale(mutants: Sequence[Mutant]) -> list[str]:
+    """What tells the list from the code: a text that does not stand there once, or changes nothing."""
+    found = []
+    for mutant in mutants:
+        times = (ROOT / mutant.path).read_text(encoding="utf-8").count(mutant.text)
+        if times != 1 or mutant.text == mutant.planted:
+            found.append(f"the fault `{mutant.name}` is stale: its text stands {times} times in {mutant.path}")
+    return found
+
+
+def score(mutants: Sequence[Mutant], jobs: int) -> Iterator[Outcome]:
+    """Each fault, as soon as its turn is over; told on the way. Raises Unusable where the tests fail without any."""
+    with tempfile.TemporaryDirectory(prefix="mutants-") as temporary, ThreadPoolExecutor(jobs) as pool:
+        copies = [_copy(Path(temporary, str(number))) for number in range(jobs)]
+        _check_passes(copies[0], list(dict.fromkeys(test for mutant in mutants for test in mutant.selection)))
+        free: SimpleQueue[Path] = SimpleQueue()
+        for copy in copies:
+            free.put(copy)
+        for outcome in pool.map(lambda mutant: _tried(mutant, free), mutants):
+            verdict = f"killed by {outcome.killed_by}" if outcome.killed_by else "SURVIVED"
+            print(f"{outcome.seconds:5.1f} s  {outcome.mutant.name}\n         {verdict}", flush=True)
+            yield outcome
+
+
+def _copy(folder: Path) -> Path:
+    for name in COPIED:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            folder.mkdir(exist_ok=True)
+            shutil.copy2(source, folder / name)
+    return folder
+
+
+def _check_passes(copy: Path, tests: Sequence[str]) -> None:
+    print(f"{len(tests)} selections of tests must pass without a fault …", flush=True)
+    code, output = _pytest(copy, tests)
+    if code != PASSED:
+        raise Unusable(f"the tests do not pass without a fault:\n{output[-4000:]}")
+
+
+def _tried(mutant: Mutant, free: SimpleQueue[Path]) -> Outcome:
+    copy, began = free.get(), time.monotonic()
+    file = copy / mutant.path
+    healthy = file.read_text(encoding="utf-8")
+    try:
+        file.write_text(healthy.replace(mutant.text, mutant.planted), encoding="utf-8")
+        code, output = _pytest(copy, mutant.selection)
+    finally:
+        file.write_text(healthy, encoding="utf-8")
+        free.put(copy)
+    if code not in (FAILED, PASSED):
+        raise Unusable(f"the tests of `{mutant.name}` could not run:\n{output[-4000:]}")
+    return Outcome(mutant, _first_failure(output) if code == FAILED else None, time.monotonic() - began)
+
+
+def _pytest(copy: Path, tests: Sequence[str]) -> tuple[int, str]:
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+    # no bytecode: a file that changes and changes back within a second would not be compiled anew
+    environment = os.environ | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    try:
+        done = subprocess.run(
+            command,
+            cwd=copy,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=SECONDS * max(1, len(tests) // 8),
+        )
+    except subprocess.TimeoutExpired as error:
+        raise Unusable(f"the tests {' '.join(tests)} do not end") from error
+    return done.returncode, done.stdout
+
+
+def _first_failure(output: str) -> str:
+    found = re.search(r"^(?:FAILED|ERROR) (?:tests/)?(\S+)", output, re.MULTILINE)
+    return found.group(1) if found else "a test"
+
+
+if __name__ == "__main__":
+    main()
