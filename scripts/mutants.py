@@ -7,22 +7,28 @@ they let pass is a hole in the tests: it is named, and the exit code is 1.
 """
 
 import argparse
+import gc
+import importlib
 import os
 import re
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from queue import SimpleQueue
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = ("lora_cli", "tests", "scripts", "configs", "docs", "recipes", "pyproject.toml", "README.md", "Makefile")
-FAILED, PASSED = 1, 0  # pytest's exit codes; others mean that it could not run the tests
+FAILED, PASSED, UNUSABLE = 1, 0, 3  # pytest's exit codes; but for the first two, it could not run the tests
+OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+WARM = ("torch", "accelerate", "peft", "transformers.models.llama.modeling_llama", "transformers.trainer_utils")
 SECONDS = 300  # for the tests of one fault
 
 
@@ -117,7 +123,14 @@ MUTANTS = (
         "lora/inject.py",
         "        if not parameter.requires_grad:\n            flat",
         "        if False:\n            flat",
-        "lora/test_inject.py",
+        "lora/test_inject.py::test_the_digest_of_the_base_tells_any_change_of_it_and_none_of_the_factors",
+    ),
+    Mutant(
+        "a base that has changed is taken for a frozen one",
+        "runs/train.py",
+        "if frozen_digest(run.model) != run.frozen:",
+        "if False:",
+        "laws/test_run_folder.py::test_a_base_that_changed_in_training_is_an_error_and_no_adapter_is_written",
     ),
     Mutant(
         "dropout acts on nothing",
@@ -312,7 +325,7 @@ MUTANTS = (
         "data/test_pipeline.py::test_resuming_is_skipping",
     ),
     Mutant(
-        "rows that cannot be used are no part of the fingerprint's order",
+        "the fingerprint of the rows forgets their order",
         "data/pipeline.py",
         "    digest = sha256()\n    for example in examples:\n        digest.update(len(example.input_ids)",
         "    digest = sha256()\n    for example in sorted(examples, key=lambda e: e.input_ids):\n"
@@ -396,7 +409,7 @@ MUTANTS = (
         "objectives/sft.py",
         "return Loss(losses @ weights, {})",
         "return Loss(losses.sum(), {})",
-        "train/test_loop.py objectives",
+        "objectives/test_sft.py",
     ),
     Mutant(
         "micro-batches are divided one by one",
@@ -460,7 +473,7 @@ MUTANTS = (
         "train/loop.py",
         "parts.schedule(number)",
         "parts.schedule(number - 1)",
-        "train/test_loop.py",
+        "train/test_loop.py::test_each_step_has_the_rate_of_its_own_number",
     ),
     Mutant(
         "the warm-up begins at zero",
@@ -527,21 +540,21 @@ MUTANTS = (
         "train/checkpoint.py",
         "        check(draft)\n",
         "",
-        "train/test_checkpoint.py",
+        "train/test_checkpoint.py::test_what_the_disk_gives_back_otherwise_is_not_saved_and_nothing_has_changed",
     ),
     Mutant(
         "a draft has its name before it is on the disk",
         "durable.py",
         "        stream.flush()\n        sync(stream.fileno())\n",
         "        stream.flush()\n",
-        "train/test_checkpoint.py",
+        "train/test_checkpoint.py::test_every_file_and_name_is_on_the_disk_before_a_step_counts_as_saved",
     ),
     Mutant(
         "a step is saved before its name is on the disk",
         "train/checkpoint.py",
         "    sync_path(folder.parent)\n",
         "",
-        "train/test_checkpoint.py",
+        "train/test_checkpoint.py::test_every_file_and_name_is_on_the_disk_before_a_step_counts_as_saved",
     ),
     Mutant(
         "rotation removes the newest",
@@ -682,68 +695,121 @@ def stale(mutants: Sequence[Mutant]) -> list[str]:
 
 def score(mutants: Sequence[Mutant], jobs: int) -> Iterator[Outcome]:
     """Each fault, as soon as its turn is over; told on the way. Raises Unusable where the tests fail without any."""
-    with tempfile.TemporaryDirectory(prefix="mutants-") as temporary, ThreadPoolExecutor(jobs) as pool:
+    _warm_up()
+    tests = list(dict.fromkeys(test for mutant in mutants for test in mutant.selection))
+    waiting, trials = list(reversed(mutants)), dict[int, Trial]()
+    with tempfile.TemporaryDirectory(prefix="mutants-") as temporary:
         copies = [_copy(Path(temporary, str(number))) for number in range(jobs)]
-        _check_passes(copies[0], list(dict.fromkeys(test for mutant in mutants for test in mutant.selection)))
-        free: SimpleQueue[Path] = SimpleQueue()
-        for copy in copies:
-            free.put(copy)
-        for outcome in pool.map(lambda mutant: _tried(mutant, free), mutants):
-            verdict = f"killed by {outcome.killed_by}" if outcome.killed_by else "SURVIVED"
-            print(f"{outcome.seconds:5.1f} s  {outcome.mutant.name}\n         {verdict}", flush=True)
-            yield outcome
+        print(f"{len(tests)} selections of tests must pass without a fault …", flush=True)
+        trial = _started(copies[0], tests, seconds=SECONDS * len(tests))
+        if failure := _verdict(trial, os.waitpid(trial.pid, 0)[1]):
+            raise Unusable(f"without a fault, {failure} fails:\n{trial.said[-4000:]}")
+        try:
+            while waiting or trials:
+                while waiting and copies:
+                    trial = _planted(waiting.pop(), copies.pop())
+                    trials[trial.pid] = trial
+                pid, status = os.wait()
+                trial = trials.pop(pid)
+                copies.append(trial.copy)
+                yield _told(Outcome(trial.mutant, _verdict(trial, status), time.monotonic() - trial.began))
+        finally:
+            for pid in trials:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A process that runs tests in a copy; what it says goes to a file beside the copy."""
+
+    pid: int
+    copy: Path
+    mutant: Mutant | None
+    began: float
+
+    @property
+    def said(self) -> str:
+        return _log(self.copy).read_text(encoding="utf-8", errors="replace")
+
+
+def _warm_up() -> None:
+    """Import once what most tests need: the processes that run them are forked from this one."""
+    os.environ.update(OFFLINE)
+    sys.path.remove(str(Path(__file__).resolve().parent))  # its tokenizers.py is not the package
+    for name in WARM:
+        importlib.import_module(name)
+    gc.freeze()
 
 
 def _copy(folder: Path) -> Path:
-    for name in COPIED:
-        source = ROOT / name
+    folder.mkdir()
+    for source in (ROOT / name for name in COPIED):
         if source.is_dir():
-            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(source, folder / source.name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
-            folder.mkdir(exist_ok=True)
-            shutil.copy2(source, folder / name)
+            shutil.copy2(source, folder)
     return folder
 
 
-def _check_passes(copy: Path, tests: Sequence[str]) -> None:
-    print(f"{len(tests)} selections of tests must pass without a fault …", flush=True)
-    code, output = _pytest(copy, tests)
-    if code != PASSED:
-        raise Unusable(f"the tests do not pass without a fault:\n{output[-4000:]}")
+def _planted(mutant: Mutant, copy: Path) -> Trial:
+    """The tests of a fault, in a copy that has this one alone."""
+    for path in {other.path for other in MUTANTS}:
+        shutil.copyfile(ROOT / path, copy / path)
+    healthy = (copy / mutant.path).read_text(encoding="utf-8")
+    (copy / mutant.path).write_text(healthy.replace(mutant.text, mutant.planted), encoding="utf-8")
+    return _started(copy, mutant.selection, mutant=mutant, seconds=SECONDS)
 
 
-def _tried(mutant: Mutant, free: SimpleQueue[Path]) -> Outcome:
-    copy, began = free.get(), time.monotonic()
-    file = copy / mutant.path
-    healthy = file.read_text(encoding="utf-8")
+def _started(copy: Path, tests: Sequence[str], *, seconds: int, mutant: Mutant | None = None) -> Trial:
+    sys.stdout.flush()
+    pid = os.fork()
+    if not pid:
+        _run_tests(copy, tests, seconds)
+    return Trial(pid, copy, mutant, time.monotonic())
+
+
+def _run_tests(copy: Path, tests: Sequence[str], seconds: int) -> NoReturn:
+    code = UNUSABLE
     try:
-        file.write_text(healthy.replace(mutant.text, mutant.planted), encoding="utf-8")
-        code, output = _pytest(copy, mutant.selection)
-    finally:
-        file.write_text(healthy, encoding="utf-8")
-        free.put(copy)
-    if code not in (FAILED, PASSED):
-        raise Unusable(f"the tests of `{mutant.name}` could not run:\n{output[-4000:]}")
-    return Outcome(mutant, _first_failure(output) if code == FAILED else None, time.monotonic() - began)
-
-
-def _pytest(copy: Path, tests: Sequence[str]) -> tuple[int, str]:
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
-    # no bytecode: a file that changes and changes back within a second would not be compiled anew
-    environment = os.environ | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-    try:
-        done = subprocess.run(
-            command,
-            cwd=copy,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=SECONDS * max(1, len(tests) // 8),
+        signal.alarm(seconds)  # which ends the process
+        descriptor = os.open(_log(copy), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+        os.chdir(copy)
+        sys.path.insert(0, str(copy))
+        # no bytecode: a file that changes and changes back within a second would not be compiled anew
+        sys.dont_write_bytecode = True
+        os.environ.update(PYTHONPATH=str(copy), PYTHONDONTWRITEBYTECODE="1")
+        code = pytest.main(
+            ["-x", "-q", "--assert=plain", "-p", "no:cacheprovider", "--basetemp", f"{copy}-tmp", *tests]
         )
-    except subprocess.TimeoutExpired as error:
-        raise Unusable(f"the tests {' '.join(tests)} do not end") from error
-    return done.returncode, done.stdout
+    except BaseException:  # of pytest itself: the log says so
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _log(copy: Path) -> Path:
+    return copy.with_suffix(".log")
+
+
+def _verdict(trial: Trial, status: int) -> str | None:
+    """The first test that failed, None where all passed."""
+    code, name = os.waitstatus_to_exitcode(status), trial.mutant.name if trial.mutant else "no fault"
+    if code == -signal.SIGALRM:
+        raise Unusable(f"the tests of `{name}` do not end")
+    if code not in (FAILED, PASSED):
+        raise Unusable(f"the tests of `{name}` could not run:\n{trial.said[-4000:]}")
+    return _first_failure(trial.said) if code == FAILED else None
+
+
+def _told(outcome: Outcome) -> Outcome:
+    verdict = f"killed by {outcome.killed_by}" if outcome.killed_by else "SURVIVED"
+    print(f"{outcome.seconds:5.1f} s  {outcome.mutant.name}\n         {verdict}", flush=True)
+    return outcome
 
 
 def _first_failure(output: str) -> str:

@@ -8,6 +8,10 @@ import torch
 from running import adapter_bytes, events, hashes, weights
 from safetensors.torch import load_file
 
+from lora_cli.recipe.reader import read_recipe
+from lora_cli.runs.folder import RunFolder
+from lora_cli.runs.train import execute, finish, prepare
+
 STEP_KEYS = {"step", "loss", "lr", "grad_norm", "tokens", "seconds"}
 
 
@@ -83,6 +87,21 @@ def test_the_base_is_never_touched(lora, recipe, tiny_llama):
     lora("train", recipe())
 
     assert hashes(tiny_llama) == before
+
+
+def test_a_base_that_changed_in_training_is_an_error_and_no_adapter_is_written(recipe, tmp_path):
+    folder = RunFolder(tmp_path / "out")
+    with folder.held(resume=False, overwrite=False) as hold:
+        run = prepare(read_recipe(recipe()), folder)
+        hold.begin()
+        *_, finished = execute(run)
+        with torch.no_grad():
+            next(p for p in run.model.parameters() if not p.requires_grad).add_(1e-3)
+
+        with pytest.raises(RuntimeError, match="the frozen base has changed during training"):
+            finish(run, finished)
+
+    assert not (folder.path / "adapter_model.safetensors").exists()
 
 
 def test_a_folder_that_is_not_empty_is_refused_with_the_three_ways_out(lora, recipe, tmp_path):

@@ -11,7 +11,7 @@ from tiny import tiny_model
 from lora_cli.errors import ModelError, RecipeError
 from lora_cli.lora.config import LoRAConfig
 from lora_cli.lora.init import INITS
-from lora_cli.lora.inject import derived_seed, generator_for, inject, linears, lora_layers
+from lora_cli.lora.inject import derived_seed, frozen_digest, generator_for, inject, linears, lora_layers
 from lora_cli.lora.weights import STORAGES, dense, storage_of
 
 QV = ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.v_proj"]
@@ -29,6 +29,22 @@ def test_the_model_is_frozen_but_for_the_factors():
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     assert list(layers) == QV
     assert trainable == {f"{path}.{part}" for path in QV for part in ("lora_A", "lora_B")}
+
+
+def test_the_digest_of_the_base_tells_any_change_of_it_and_none_of_the_factors():
+    model = tiny_model("llama")
+    layers = inject(model, config(), QV)
+    before = frozen_digest(model)
+
+    with torch.no_grad():
+        layers[QV[0]].lora_B.add_(1)
+        assert frozen_digest(model) == before
+        for parameter in (p for p in model.parameters() if not p.requires_grad):
+            kept = parameter.flatten()[-1].item()
+            parameter.view(-1)[-1] += 1e-3
+            assert frozen_digest(model) != before
+            parameter.view(-1)[-1] = kept
+            assert frozen_digest(model) == before
 
 
 @pytest.mark.parametrize("init", INITS)
