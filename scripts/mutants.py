@@ -107,8 +107,8 @@ MUTANTS = (
     Mutant(
         "all layers start alike",
         "lora/inject.py",
-        "init(layer, generator_for(seed, path))",
-        "init(layer, generator_for(seed))",
+        "init(layers[path], generator_for(seed, path))",
+        "init(layers[path], generator_for(seed))",
         "lora/test_inject.py::test_different_paths_start_differently",
     ),
     Mutant(
@@ -213,7 +213,7 @@ MUTANTS = (
     Mutant(
         "a dead adapter passes",
         "lora/adapter.py",
-        "or any(_acts(factors) for factors in self.layers.values())",
+        "or any(factors.act() for factors in self.layers.values())",
         "or True",
         "lora/test_adapter.py::test_an_adapter_that_was_not_trained_does_nothing_whatever_it_started_from",
     ),
@@ -284,52 +284,51 @@ MUTANTS = (
     # Rows
     Mutant(
         "rows with nothing to learn are kept",
-        "data/pipeline.py",
-        "if (short := truncate(example, max_length)).items]",
-        "if (short := truncate(example, max_length))]",
+        "data/tokenizing.py",
+        "if (short := truncate(example, self.how.max_length)).items]",
+        "if (short := truncate(example, self.how.max_length))]",
         "data/test_pipeline.py::test_few_answers_lost_to_max_length_are_left_out_and_counted",
     ),
     Mutant(
         "held-out rows are trained too",
-        "data/pipeline.py",
-        "train = [example for example in examples if example.row not in held_out]",
-        "train = list(examples)",
+        "data/order.py",
+        "return examples.take(np.flatnonzero(~held_out[row_of])), ",
+        "return examples, ",
         "data/test_pipeline.py::test_a_split_covers_all_rows_and_no_row_twice_in_file_order",
     ),
     Mutant(
         "every epoch has the same order",
-        "data/pipeline.py",
+        "data/order.py",
         'return _permutation(f"epoch {epoch} of {seed}", count)',
         'return _permutation(f"epoch of {seed}", count)',
         "data/test_pipeline.py::test_the_order_is_a_permutation_and_a_function_of_seed_and_epoch",
     ),
     Mutant(
         "the order comes from the global random numbers",
-        "data/pipeline.py",
+        "data/order.py",
         "torch.randperm(count, generator=torch.Generator().manual_seed(seed))",
         "torch.randperm(count)",
         "data/test_pipeline.py::test_the_order_is_a_permutation_and_a_function_of_seed_and_epoch",
     ),
     Mutant(
         "a resumed run begins with the first rows again",
-        "data/pipeline.py",
-        "epoch_length(examples), start * size)",
-        "epoch_length(examples), 0)",
+        "data/order.py",
+        "_stretch(epoch_of, length, k * size,",
+        "_stretch(epoch_of, length, (k - start) * size,",
         "data/test_pipeline.py::test_resuming_is_skipping",
     ),
     Mutant(
         "a resumed run leaves a row out",
-        "data/pipeline.py",
-        "epoch_length(examples), start * size)",
-        "epoch_length(examples), start * size + (start > 0))",
+        "data/order.py",
+        "_stretch(epoch_of, length, k * size,",
+        "_stretch(epoch_of, length, k * size + (start > 0),",
         "data/test_pipeline.py::test_resuming_is_skipping",
     ),
     Mutant(
-        "the fingerprint of the rows forgets their order",
-        "data/pipeline.py",
-        "    digest = sha256()\n    for example in examples:\n        digest.update(len(example.input_ids)",
-        "    digest = sha256()\n    for example in sorted(examples, key=lambda e: e.input_ids):\n"
-        "        digest.update(len(example.input_ids)",
+        "the fingerprint of the rows forgets their weights",
+        "data/examples.py",
+        "np.repeat(block.lengths, block.lengths)] = block.weights",
+        "np.repeat(block.lengths, block.lengths)] = 0",
         "data/test_pipeline.py::test_the_fingerprint_is_of_tokens_weights_and_order",
     ),
     # Batches
@@ -736,7 +735,6 @@ class Trial:
 def _warm_up() -> None:
     """Import once what most tests need: the processes that run them are forked from this one."""
     os.environ.update(OFFLINE)
-    sys.path.remove(str(Path(__file__).resolve().parent))  # its tokenizers.py is not the package
     for name in WARM:
         importlib.import_module(name)
     gc.freeze()
