@@ -19,7 +19,7 @@ from lora_cli.train.events import Evaluated, Step
 def main(recipe: str, overrides: list[str]) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = RunFolder(Path(temporary))
-        folder.prepare(overwrite=False)
+        folder.checkpoints.mkdir()
         run = prepare(read_recipe(recipe, overrides), folder)
         for layer in lora_layers(run.model).values():
             layer.requires_grad_(False)

@@ -27,7 +27,6 @@ from functools import cached_property
 from pathlib import Path
 from random import Random
 
-sys.path.pop(0)  # this folder, whose tokenizers.py hides the library
 sys.path.extend(str(Path(__file__).resolve().parent.parent / folder) for folder in (".", "tests"))
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
 
