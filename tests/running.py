@@ -107,8 +107,13 @@ def lora(monkeypatch, capsys):
     def run(*arguments: object, code: int | None = 0) -> Done:
         monkeypatch.setattr(sys, "argv", ["lora", *map(str, arguments)])
         capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
+        inherited = dict(os.environ)  # a launcher tells its workers more
+        try:
+            with pytest.raises(SystemExit) as ended:
+                main()
+        finally:
+            os.environ.clear()
+            os.environ.update(inherited)
         done = Done(ended.value.code or 0, *capsys.readouterr())
         assert code is None or done.code == code, f"exit {done.code}\n{done.out}\n{done.err}"
         return done

@@ -33,6 +33,7 @@ SHOWN_CHARACTERS = 80  # of a foreign value in a message
 FINGERPRINT = "lora.base_fingerprint"
 LABELS = "lora.labels"
 MOST_LABELS = 100_000
+HEADS = ("classifier", "score")  # PEFT names both in the config of every classifier
 TOKENIZER = "lora.tokenizer_fingerprint"
 ORIGIN = "lora.origin"
 PREFIX = "base_model.model."
@@ -167,6 +168,7 @@ def load_adapter(folder: Path) -> Adapter:
         raise ModelError(Problem(f"it is damaged: {error}", where=str(file), fix="copy or train it again")) from error
     tensors = _repaired(tensors, where=file)
     extras = _extras(tensors, config.modules_to_save)
+    _check_extras(extras, config, where=file)
     whole = {f"{PREFIX}{path}.{name}" for path, state in extras.items() for name in state}
     layers = _layers({name: t for name, t in tensors.items() if name not in whole}, config, where=file)
     if any(found.get(key) for key in CHOOSES_OTHERWISE) or isinstance(found.get("target_modules"), str):
@@ -337,6 +339,16 @@ def _extras(tensors: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, di
         if path is not None and full.startswith(PREFIX) and ".lora_" not in full:
             found.setdefault(path, {})[full.removeprefix(f"{PREFIX}{path}.")] = tensor.to(torch.float32)
     return {path: found[path] for path in sorted(found)}
+
+
+def _check_extras(extras: Mapping[str, Mapping[str, Tensor]], config: LoRAConfig, where: Path) -> None:
+    """Raise ModelError for a module that the config names and the file lacks; of a classifier's heads, one is enough."""
+    heads = HEADS if config.task_type == SEQ_CLS and extras else ()
+    missing = [name for name in config.modules_to_save if not any(path.endswith(name) for path in extras)]
+    if lacking := [name for name in missing if name not in heads]:
+        what = f"the adapter lacks {', '.join(lacking)}, which its config names in modules_to_save"
+        fix = "copy or train the adapter again: a part of it is not there"
+        raise ModelError(Problem(what, where=str(where), fix=fix))
 
 
 def _labels(file: Path, config: LoRAConfig, extras: Mapping[str, Mapping[str, Tensor]]) -> tuple[str, ...]:

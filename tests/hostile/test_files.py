@@ -398,7 +398,7 @@ ADAPTERS: dict[str, Case] = {
     "an alpha that is no number": (adapter_config(lora_alpha=float("nan")), 4, "must be a number above 0"),
     "a pattern for years": (adapter_config(rank_pattern=SLOW_PATTERN), 9, "takes more than 1 s of processor time"),
     "a pattern that is none": (adapter_config(alpha_pattern={"(": 1}), 4, "must be patterns"),
-    "modules of its own": (adapter_config(modules_to_save=["lm_head"]), 4, "which `lora` does not read yet"),
+    "modules of its own": (adapter_config(modules_to_save=["lm_head"]), 4, "the adapter lacks lm_head"),
     "a fingerprint of nothing": (
         adapter_header(lambda h: h.update(__metadata__={"lora.base_fingerprint": deep()})),
         4,
