@@ -96,6 +96,10 @@ class Adapter:
         """Put this adapter's layers into a model that has none. Raises ModelError for modules that don't fit."""
         self.check_fits(model)
         wrap(model, replace(self.config, lora_dropout=0.0), list(self.layers), whole=list(self.extras))
+        self.copy_into(model)
+
+    def copy_into(self, model: nn.Module) -> None:
+        """Copy the factors, and what is trained whole, into layers of the same paths and shapes that are in place."""
         with torch.no_grad():
             for path, layer in lora_layers(model).items():
                 factors = self.layers[path]

@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from lora_cli.errors import ModelError, Problem
@@ -31,15 +30,7 @@ def start_from(
     adapter.check_base(base, base_folder)
     if problems := list(_misfits(adapter, model, config, tuple(labels), str(folder))):
         raise ModelError(*problems)
-    with torch.no_grad():
-        for path, layer in lora_layers(model).items():
-            factors = adapter.layers[path]
-            layer.lora_A.copy_(factors.A)
-            layer.lora_B.copy_(factors.B)
-            if factors.magnitude is not None:
-                layer.magnitude.copy_(factors.magnitude)
-    for path, module in whole_modules(model).items():
-        module.load(adapter.extras[path])
+    adapter.copy_into(model)
 
 
 def _misfits(
