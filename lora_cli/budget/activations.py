@@ -50,6 +50,7 @@ class How:
     masked: bool = False  # attention gets an explicit mask: packed rows, or a window shorter than the row
     dropout: int = 0  # bytes of a number of the dropout's mask: 1 on CUDA, a number's own on a CPU; 0 without dropout
     use_dora: bool = False
+    freeze_A: bool = False  # B alone is trained: the inputs of adapters are not needed again
     doubled: bool = False  # the start of A and B is taken off again: twice the rank
 
 
@@ -88,7 +89,7 @@ def block_memory(
     whole, rest, flows = Kept(), Kept(), reached
     for stretch in stretches:
         reading = [adapters[path] for path in stretch.inputs_of if path in adapters]
-        shared = not stretch.inputs_of or (reading and not how.dropout)
+        shared = not stretch.inputs_of or (reading and not how.dropout and not how.freeze_A)
         kept = Kept(stretch.token, stretch.pair) if shared and (flows or reading) else Kept()
         kept += Kept(sum(_kept_by(adapter, how, flows) for adapter in reading))
         flows = flows or bool(reading)
@@ -101,11 +102,12 @@ def block_memory(
 
 
 def _kept_by(adapter: Adapter, how: How, flows: bool) -> float:
-    """Of an adapter's own: its narrow product; with dropout its own input, and a mask if a gradient goes through it; with
-    DoRA both of its terms.
+    """Of an adapter's own: its narrow product; with dropout its own input where A is trained, and a mask if a gradient
+    goes through it; with DoRA both of its terms.
     """
     narrow = adapter.r * (2 if how.doubled else 1) * how.number
-    dropped = adapter.in_features * (how.number + flows * how.dropout) if how.dropout else 0
+    of_input = 0 if how.freeze_A else how.number
+    dropped = adapter.in_features * (of_input + flows * how.dropout) if how.dropout else 0
     dora = 2 * adapter.out_features * how.number if how.use_dora else 0
     return narrow + dropped + dora
 

@@ -25,7 +25,8 @@ class Row:
     out_features: int
     r: int
     count: int
-    each: int  # parameters the adapter adds to one of them
+    each: int  # parameters the adapter trains in one of them
+    frozen: int = 0  # parameters of A in one of them, where it is not trained
 
     @property
     def parameters(self) -> int:
@@ -51,12 +52,17 @@ class Budget:
 
     @property
     def trainable(self) -> int:
+        return sum(row.parameters for row in self.rows) + sum(module.parameters for module in self.whole)
+
+    @property
+    def stored(self) -> int:
+        """In the adapter's file, trained or not."""
         return self.low_rank + sum(module.parameters for module in self.whole)
 
     @property
     def low_rank(self) -> int:
         """Of all A and B, and magnitudes."""
-        return sum(row.parameters for row in self.rows)
+        return sum(row.count * (row.each + row.frozen) for row in self.rows)
 
     @property
     def total(self) -> int:
@@ -70,7 +76,7 @@ class Budget:
     @property
     def adapter_bytes(self) -> int:
         """Of the tensors in the adapter's file, which are float32."""
-        return BYTES * self.trainable
+        return BYTES * self.stored
 
     def __str__(self) -> str:
         return f"{self.trainable:,} of {self.total:,} ({100 * self.share:.4f} %)"
@@ -81,7 +87,9 @@ def budget_of(
 ) -> Budget:
     """The budget of an adapter over the linears `adapted`, which `config` gives a rank each, and of what is trained whole."""
     kinds = Counter(_kind(linear, config) for linear in adapted)
-    rows = tuple(Row(*kind, count=count, each=_each(kind, config)) for kind, count in kinds.items())
+    rows = tuple(
+        Row(*kind, count=count, each=_each(kind, config), frozen=_frozen(kind, config)) for kind, count in kinds.items()
+    )
     return Budget(rows, base_parameters, tuple(whole))
 
 
@@ -95,7 +103,12 @@ def _kind(linear: Linear, config: LoRAConfig) -> Kind:
 def _each(kind: Kind, config: LoRAConfig) -> int:
     _, in_features, out_features, r = kind
     magnitude = out_features if config.use_dora else 0
-    return r * (in_features + out_features) + magnitude
+    return r * (in_features + out_features) + magnitude - _frozen(kind, config)
+
+
+def _frozen(kind: Kind, config: LoRAConfig) -> int:
+    _, in_features, _, r = kind
+    return r * in_features if config.freeze_A else 0
 
 
 def adapted_linears(

@@ -131,7 +131,7 @@ def _standing(setup: Setup) -> tuple[int, int, int, int]:
     copy = number if number < FP32 else 0
     if setup.full:  # in 16 bits: gradients as the weights, and float32 masters beside the state
         return weights, 0, number * trained, round((state + (FP32 if copy else 0)) * trained)
-    return weights, (FP32 + copy) * trained, FP32 * trained, round(state * trained)
+    return weights, (FP32 + copy) * setup.budget.stored, FP32 * trained, round(state * trained)
 
 
 def kept_bytes(setup: Setup, batch: Batch, recompute: Recompute) -> float:

@@ -136,7 +136,7 @@ def _show(answer: Answer) -> None:
 
     budget, lora = answer.budget, answer.lora
     show(f"{inert(answer.base.name)} · LoRA on {inert(_wanted(lora))} · {_strength(lora)}\n", style="bold")
-    out.print(_modules(budget, use_dora=lora.use_dora))
+    out.print(_modules(budget, _trained_in_each(lora)))
     show(f"\ntrained   {budget}", style="bold")
     show(f"adapter   {bytes_text(budget.adapter_bytes)} on disk (float32)\n")
     out.print(_memory(answer.methods))
@@ -154,11 +154,14 @@ def _strength(lora: "LoRA") -> str:
     return f"r {lora.r} · alpha {lora.effective_alpha:g} · scale alpha / {root}r = {lora.config().scale:g}"
 
 
-def _modules(budget: "Budget", *, use_dora: bool) -> "Table":
+def _trained_in_each(lora: "LoRA") -> str:
+    return " + ".join([*(["A"] * (not lora.freeze_A)), "B", *(["m"] * lora.use_dora)]) + " each"
+
+
+def _modules(budget: "Budget", trained: str) -> "Table":
     from lora_cli.cli.console import number, plain_table
 
-    pair = "A + B + m each" if use_dora else "A + B each"
-    table = plain_table("module", "in → out", "r", "modules", pair, "parameters")
+    table = plain_table("module", "in → out", "r", "modules", trained, "parameters")
     for row in budget.rows:
         shape = f"{number(row.in_features)} → {number(row.out_features)}"
         counts = (row.r, row.count, row.each, row.parameters)
@@ -209,6 +212,7 @@ def _document(answer: Answer) -> dict:
             "scale": lora.config().scale,
             "targets": lora.targets,
             "use_dora": lora.use_dora,
+            "freeze_A": lora.freeze_A,
         },
         "modules": [{**asdict(row), "parameters": row.parameters} for row in budget.rows],
         "whole": [asdict(module) for module in budget.whole],

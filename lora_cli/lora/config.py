@@ -38,6 +38,7 @@ class LoRAConfig:
     lora_dropout: float = 0.0
     use_rslora: bool = False
     use_dora: bool = False
+    freeze_A: bool = False  # A stays at its start and B is trained (LoRA-FA, Zhang et al. 2023, section 3.1)
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     base_model_name_or_path: str | None = None

@@ -99,10 +99,13 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 
 def frozen_digest(model: nn.Module) -> str:
-    """A hash over both ends of every frozen parameter, as far as it lies here: equal before and after training."""
+    """A hash over both ends of every parameter of the base, as far as it lies here: equal before and after training.
+
+    An A that is frozen is the adapter's, and comes from a checkpoint where a run is resumed.
+    """
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
+        if not parameter.requires_grad and not name.endswith("lora_A"):
             flat = local(parameter.detach()).flatten()
             ends = torch.cat([flat[:SAMPLED_VALUES], flat[-SAMPLED_VALUES:]]).cpu()
             digest.update(name.encode() + ends.view(torch.uint8).numpy().tobytes())

@@ -40,7 +40,7 @@ class LoRALinear(nn.Module):
         self.scale = config.scale
         out_features, in_features = storage_of(base).shape(base)
         device = base.weight.device
-        self.lora_A = nn.Parameter(torch.zeros(config.r, in_features, device=device))
+        self.lora_A = nn.Parameter(torch.zeros(config.r, in_features, device=device), requires_grad=not config.freeze_A)
         self.lora_B = nn.Parameter(torch.zeros(out_features, config.r, device=device))
         self.register_buffer("start_A", None)
         self.register_buffer("start_B", None)

@@ -40,6 +40,7 @@ OTHER_TOOLS = {
         "num_epochs": "training.epochs",
         "evals_per_epoch": "≈ training.eval_steps",
         "saves_per_epoch": "≈ training.save_steps",
+        "loraplus_lr_embedding": "≈ training.loraplus_lr_ratio",
         "use_tensorboard": "training.trackers: [tensorboard]",
     },
     "LLaMA-Factory": {
@@ -132,6 +133,7 @@ OTHER_TOOLS = {
         "quant_bits": "≈ model.quantize",
         "attn_impl": "≈ model.attention",
         "init_weights": "≈ lora.init",
+        "lorap_lr_ratio": "training.loraplus_lr_ratio",
         "val_dataset": "data.eval",
         "split_dataset_ratio": "≈ data.eval",
     },

@@ -158,6 +158,16 @@ def a_start_has_no_init(recipe: Recipe) -> Problem | None:
     return Problem(what, fix="leave one of them out")
 
 
+def a_frozen_A_is_no_slower_than_B(recipe: Recipe) -> Problem | None:
+    ratio = recipe.training.loraplus_lr_ratio
+    if not recipe.lora.freeze_A or ratio == 1:
+        return None
+    what = f"`training.loraplus_lr_ratio: {ratio:g}` sets B's rate beside A's, and `lora.freeze_A` trains no A"
+    return Problem(
+        what, fix=f"set `training.learning_rate: {recipe.training.learning_rate * ratio:g}` and leave it out"
+    )
+
+
 def evaluations_need_rows(recipe: Recipe) -> Problem | None:
     training = recipe.training
     if training.eval_steps is None or recipe.data.eval or training.sample_prompts or training.early_stopping_patience:
@@ -210,6 +220,7 @@ RULES = (
     Rule(("training.early_stopping_patience", "training.eval_steps", "data.eval"), patience_needs_evaluations),
     Rule(("training.keep_best", "training.eval_steps", "data.eval"), the_best_needs_evaluations),
     Rule(("lora.start_from", "lora.init"), a_start_has_no_init),
+    Rule(("training.loraplus_lr_ratio", "lora.freeze_A", "training.learning_rate"), a_frozen_A_is_no_slower_than_B),
     Rule(("training.eval_steps", "data.eval", "training.sample_prompts"), evaluations_need_rows),
     Rule(("training.sample_prompts", "data.template", "data.train"), sample_prompts_fill_the_template),
     Rule(("lora.targets",), lambda recipe: patterns_compile("lora.targets", _targets(recipe))),

@@ -95,6 +95,11 @@ class LoRA(Block):
         description="How A and B start; `pissa` and `olora` start in the base weight's own directions, at the cost of "
         "a decomposition per module, the others at a random A and B = 0.",
     )
+    freeze_A: bool = Field(
+        False,
+        description="Train B alone and leave A where it starts (LoRA-FA): half the trained parameters, and the inputs of "
+        "the adapted modules need not be kept for A's gradient.",
+    )
     start_from: NonEmpty | None = Field(
         None,
         description="Folder of an adapter that a new run begins at, of the same base, targets, rank and scale; a folder "
@@ -149,6 +154,7 @@ class LoRA(Block):
             lora_dropout=self.dropout,
             use_rslora=self.use_rslora,
             use_dora=self.use_dora,
+            freeze_A=self.freeze_A,
             rank_pattern=self.rank_pattern,
             alpha_pattern=self.alpha_pattern,
             base_model_name_or_path=base,
@@ -320,6 +326,12 @@ class Training(Block):
     learning_rate: PositiveNumber = Field(
         2e-4, description="Peak step size; LoRA takes about ten times that of full fine-tuning."
     )
+    loraplus_lr_ratio: Annotated[float, Field(ge=1)] = Field(
+        1.0,
+        description="How many times `learning_rate` B learns with (LoRA+); 1 is plain LoRA, the paper takes 16 with a "
+        "lower `learning_rate`.",
+        examples=[16],
+    )
     lr_scheduler: Schedule = Field(
         "cosine", description="Course of the learning rate after warm-up; `constant` has neither warm-up nor decay."
     )
@@ -339,7 +351,9 @@ class Training(Block):
         description="AdamW and its bitsandbytes forms: `8bit` keeps its state in a quarter of the memory, `paged` "
         "moves it to host memory when the device is full.",
     )
-    weight_decay: float = Field(0.0, ge=0, description="Pull of the trained parameters towards zero at each step.")
+    weight_decay: float = Field(
+        0.0, ge=0, description="Pull of the trained parameters towards zero at each step; biases are not pulled."
+    )
     max_grad_norm: float = Field(
         1.0, ge=0, description="Gradients of a larger norm are scaled down to it; 0 clips nothing."
     )

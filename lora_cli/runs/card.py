@@ -106,11 +106,18 @@ def _trained(record: Mapping[str, Any], history: History) -> str:
         ("LoRA", f"r = {setting('lora.r')}, scale {scale or 0:g}, on {setting('lora.targets')}"),
         ("trained parameters", f"{trainable:,.0f} of {trainable + total:,.0f}" if total else ""),
         ("steps", f"{history.last_step:,} of {setting('training.global_batch_size')} rows"),
-        ("learning rate", f"{setting('training.learning_rate')}, {setting('training.lr_scheduler')}"),
+        ("learning rate", f"{setting('training.learning_rate')}{_of_B(record)}, {setting('training.lr_scheduler')}"),
         ("seed", prose(str(record.get("seed")))),
     ]
     lines = [f"| {name} | {value.replace('|', chr(92) + '|')} |" for name, value in rows if value]
     return "## What was trained\n\n| | |\n| --- | --- |\n" + "\n".join(lines) + "\n"
+
+
+def _of_B(record: Mapping[str, Any]) -> str:
+    """The rate of B where it has one of its own (LoRA+)."""
+    keys = ("training.learning_rate", "training.loraplus_lr_ratio")
+    lr, ratio = (number(get(record, "settings", key)) for key in keys)
+    return f" (B: {lr * ratio:g})" if lr and ratio and ratio != 1 else ""
 
 
 def _results(record: Mapping[str, Any], history: History) -> str:

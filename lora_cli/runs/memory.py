@@ -56,6 +56,7 @@ def setup_of(
         masked=packed or (window is not None and longest >= window),
         dropout=0 if lora.dropout == 0 else 1 if kind == "cuda" else number,
         use_dora=lora.use_dora,
+        freeze_A=lora.freeze_A,
         doubled=lora.init in ("pissa", "olora"),
     )
     adapted = adapted_linears(shape, lora.targets, exclude=lora.exclude, layers=lora.layers)

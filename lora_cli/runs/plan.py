@@ -153,8 +153,8 @@ def _setup(recipe: Recipe, base: MeasuredBase, machine: Machine, lengths: Length
     if not full:
         return setup
     inside = tuple(linear for linear in base.shape.linears if linear.path not in base.shape.head)
-    config = replace(setup.config, r=0, rank_pattern={}, use_dora=False)
-    how = replace(setup.how, dropout=0, use_dora=False, doubled=False)
+    config = replace(setup.config, r=0, rank_pattern={}, use_dora=False, freeze_A=False)
+    how = replace(setup.how, dropout=0, use_dora=False, freeze_A=False, doubled=False)
     return replace(setup, adapted=inside, config=config, how=how, full=True)
 
 

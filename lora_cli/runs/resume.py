@@ -45,6 +45,7 @@ FIXED = (
     "lora.layers",
     "lora.rank_pattern",
     "lora.use_dora",
+    "lora.freeze_A",
     "lora.init",
     "lora.modules_to_save",
     "training.objective",

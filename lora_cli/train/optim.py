@@ -17,8 +17,24 @@ OptimizerState = tuple[dict[str, Tensor], dict[str, dict]]
 def make_optimizer(settings: Training, parameters: Parameters) -> Optimizer:
     """AdamW over the trainable parameters, fused where torch can; bitsandbytes' forms on request."""
     return OPTIMIZERS[settings.optimizer](
-        list(parameters.values()), lr=settings.learning_rate, weight_decay=settings.weight_decay
+        parameter_groups(settings, parameters), lr=settings.learning_rate, weight_decay=settings.weight_decay
     )
+
+
+def parameter_groups(settings: Training, parameters: Parameters) -> list[dict]:
+    """The parameters by what they learn with: rate and weight decay; those that learn at `learning_rate` come first.
+
+    B learns `loraplus_lr_ratio` times as fast as all else (LoRA+, Hayou et al. 2024, section 4). Biases don't decay.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        faster = settings.loraplus_lr_ratio if name.endswith("lora_B") else 1.0
+        decay = 0.0 if name.endswith("bias") else settings.weight_decay
+        groups.setdefault((settings.learning_rate * faster, decay), []).append(parameter)
+    return [
+        {"params": found, "lr": lr, "weight_decay": decay}
+        for (lr, decay), found in sorted(groups.items(), key=lambda group: group[0])
+    ]
 
 
 def set_learning_rate(optimizer: Optimizer, factor: float) -> float:

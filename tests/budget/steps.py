@@ -64,6 +64,7 @@ def tiny_step(
         masked=packed,
         dropout=dtype.itemsize if dropout else 0,
         use_dora=lora.use_dora,
+        freeze_A=lora.freeze_A,
     )
     setup = Setup(shape, tuple(adapted_linears(shape, targets)), lora, how)
     return TinyStep(model, tensors, setup, Batch(ROWS, LENGTH, ROWS * tensors["positions"].numel()))

@@ -103,6 +103,16 @@ def test_dropout_dora_and_plain_attention_keep_more(name, options):
     assert predicted_bytes(step) > predicted_bytes(plain)
 
 
+@pytest.mark.parametrize("options", [{}, {"dropout": 0.1}, {"use_dora": True}], ids=str)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
+def test_a_frozen_A_needs_no_inputs_again(name, options):
+    """LoRA-FA (Zhang et al. 2023, section 3.2): of an adapter's input nothing is kept but its narrow product."""
+    step, plain = tiny_step(name, freeze_A=True, **options), tiny_step(name, **options)
+
+    assert predicted_bytes(step) == pytest.approx(saved_bytes(step), rel=0.03)
+    assert saved_bytes(step) < 0.95 * saved_bytes(plain)
+
+
 def test_blocks_before_the_first_adapter_keep_nothing():
     setup = tiny_step("llama", targets=["layers.1.self_attn.q_proj"]).setup
 

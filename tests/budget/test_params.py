@@ -52,6 +52,16 @@ def test_another_rank_for_some_modules_is_another_row():
     assert [(row.r, row.count) for row in found.rows] == [(16, 1), (4, 11)]
 
 
+def test_a_frozen_A_is_stored_and_not_trained():
+    linear, lora = Linear("q_proj", 10, 7), config(2, freeze_A=True, use_dora=True)
+
+    found, plain = (budget_of([linear], 100, c) for c in (lora, config(2, use_dora=True)))
+
+    assert (found.trainable, plain.trainable) == (2 * 7 + 7, 2 * (10 + 7) + 7)
+    assert found.adapter_bytes == plain.adapter_bytes
+    assert found.total == plain.total
+
+
 def test_dora_adds_one_magnitude_an_output():
     linear = Linear("q_proj", 10, 7)
 

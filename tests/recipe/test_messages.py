@@ -228,6 +228,16 @@ def test_a_template_and_a_format_both_say_how_a_row_is_read():
     ]
 
 
+def test_a_frozen_A_leaves_no_ratio_of_rates():
+    text = with_line("training", "loraplus_lr_ratio: 16").replace("  alpha: 5\n", "  freeze_A: true\n")
+
+    assert problems(text) == [
+        "error: `training.loraplus_lr_ratio: 16` sets B's rate beside A's, and `lora.freeze_A` trains no A\n"
+        "  --> r.yaml:8:3\n     | loraplus_lr_ratio: 16\n"
+        "  fix: set `training.learning_rate: 0.0032` and leave it out"
+    ]
+
+
 def test_sample_prompts_give_every_field_of_a_template():
     text = with_line("data", "template: '{a} {b} [[{c}]]'") + "  sample_prompts: [why]\n"
 

@@ -66,6 +66,44 @@ def test_the_rate_is_the_peak_times_the_factor_however_often_it_is_set():
     assert optimizer.param_groups[0]["lr"] == 2e-4
 
 
+NAMES = ("layers.0.q_proj.lora_A", "layers.0.q_proj.lora_B", "layers.0.q_proj.magnitude", "head.trained.bias")
+
+
+def groups_of(**settings) -> list[dict]:
+    parameters = {name: nn.Parameter(torch.ones(2)) for name in NAMES}
+    optimizer = make_optimizer(Training(learning_rate=1e-3, **settings), parameters)
+    set_learning_rate(optimizer, 0.5)
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    return [
+        {
+            "names": [names[id(p)] for p in group["params"]],
+            "lr": pytest.approx(group["lr"]),
+            "decay": group["weight_decay"],
+        }
+        for group in optimizer.param_groups
+    ]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_loraplus_lets_B_learn_faster_by_the_ratio_and_nothing_else(name):
+    """Hayou et al. 2024, section 4: two rates, one for A and one for B, in a fixed ratio all through the schedule."""
+    assert groups_of(optimizer=name, loraplus_lr_ratio=16) == [
+        {"names": [NAMES[0], NAMES[2], NAMES[3]], "lr": 5e-4, "decay": 0.0},
+        {"names": [NAMES[1]], "lr": 8e-3, "decay": 0.0},
+    ]
+
+
+def test_biases_do_not_decay():
+    assert groups_of(weight_decay=0.1) == [
+        {"names": [NAMES[3]], "lr": 5e-4, "decay": 0.0},
+        {"names": list(NAMES[:3]), "lr": 5e-4, "decay": 0.1},
+    ]
+
+
+def test_without_either_there_is_one_group():
+    assert groups_of() == [{"names": list(NAMES), "lr": 5e-4, "decay": 0.0}]
+
+
 def problem(seed: int = 0):
     """Parameters, one of them large enough for 8-bit state, and their gradient at every step."""
     generator = torch.Generator().manual_seed(seed)
@@ -86,9 +124,10 @@ def steps(optimizer, parameters, numbers) -> None:
         optimizer.zero_grad()
 
 
+@pytest.mark.parametrize("ratio", [1, 4])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_state_saved_and_restored_continues_bit_for_bit(name):
-    settings = Training(optimizer=name, learning_rate=0.01, weight_decay=0.1)
+def test_state_saved_and_restored_continues_bit_for_bit(name, ratio):
+    settings = Training(optimizer=name, learning_rate=0.01, weight_decay=0.1, loraplus_lr_ratio=ratio)
     straight = problem()
     steps(make_optimizer(settings, straight), straight, range(1, 7))
 
