@@ -1,6 +1,6 @@
 """`lora merge`: base + adapter as a model of its own, proved."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +17,8 @@ from lora_cli.cli.options import (
 
 if TYPE_CHECKING:
     from lora_cli.export.merged import MergeReport
-    from lora_cli.export.table import Order
+    from lora_cli.export.order import Order
+    from lora_cli.export.proof import Proof
 
 
 def merge(
@@ -62,9 +63,10 @@ def read_order(
 ) -> "Order":
     """What is to be exported. Everything cheap that can be wrong is found here, before any weight is read."""
     from lora_cli.export.merged import refuse_second_merge
+    from lora_cli.export.order import Order
     from lora_cli.export.proof import proof_device
     from lora_cli.export.staging import refuse_output
-    from lora_cli.export.table import Order, is_transposed
+    from lora_cli.export.table import FORMATS, is_transposed
     from lora_cli.lora.peft_format import load_alive
     from lora_cli.models.base import resolve_base
     from lora_cli.models.identity import check_tokenizer
@@ -73,23 +75,25 @@ def read_order(
     out = out or folder / format
     refuse_output(out)
     adapter = load_alive(folder)
-    name = base or adapter.config.base_model_name_or_path
+    name = base or (adapter.config.base_model_name_or_path if FORMATS[format].needs_base else None)
     transposed = is_transposed(folder)
-    if format == "peft" or name is None:
+    if name is None:
         return Order(adapter, folder, out, transposed)
     found = resolve_base(name, None if base else adapter.config.revision)
     refuse_second_merge(found.folder, adapter)
     if adapter.tokenizer:
         tokens = tokenizer_folder(folder, found.folder)
         check_tokenizer(adapter, load_tokenizer(tokens, writes=False), tokens, allow=allow_base_mismatch)
-    _note_quantised(folder)
+    if FORMATS[format].whole:
+        _note_quantised(folder)
     return Order(
         adapter,
         folder,
         out,
         transposed,
         base=found,
-        dtype=DTYPES[dtype] if dtype else None,
+        dtype=DTYPES.get(dtype) if dtype else None,
+        type=dtype,
         token_rows=_rows(folder, found.folder, data, adapter.labels),
         device=proof_device(found.folder),
         allow_base_mismatch=allow_base_mismatch,
@@ -104,7 +108,7 @@ def show_merge(report: "MergeReport", adapter: Path) -> None:
     show(f"         {report.tensors} weights changed · {bytes_text(report.bytes)} · {' and '.join(report.dtypes)}")
     if report.whole:
         show(f"         trained whole, and written as trained: {', '.join(report.whole)}")
-    for line in [*_base_lines(report), *_proof_lines(report), *_storage_lines(report)]:
+    for line in [*_base_lines(report), *proof_lines(report.proof, "the merged model"), *_storage_lines(report)]:
         show(line)
     show(f"written  {inert(str(report.out))}: a plain transformers folder, ready for `lora eval`, vLLM and others")
 
@@ -134,24 +138,29 @@ def weights_bar(title: str, then: str | None = None) -> Iterator[Callable[[int, 
         yield show
 
 
-def _base_lines(report: "MergeReport") -> list[str]:
-    if report.base_differences:
-        differ = ", ".join(report.base_differences[:3])
-        return [f"         NOT the base it was trained on (--allow-base-mismatch): {differ} differ"]
-    return (
-        [] if report.base_checked else ["         the adapter doesn't say which weights it was trained on: not checked"]
-    )
+def mismatch_lines(differences: Sequence[str]) -> list[str]:
+    """Where `--allow-base-mismatch` let another base pass, what tells it from the adapter's own."""
+    differ = ", ".join(differences[:3])
+    return [f"         NOT the base it was trained on (--allow-base-mismatch): {differ} differ"] if differences else []
 
 
-def _proof_lines(report: "MergeReport") -> list[str]:
-    proof = report.proof
+def proof_lines(proof: "Proof", other: str) -> list[str]:
+    """What base + adapter and the `other` answer to the same rows."""
     return [
-        f"proof    base + adapter and the merged model read the same {proof.positions} {proof.position}s ({proof.computed_in})",
+        f"proof    base + adapter and {other} read the same {proof.positions} {proof.position}s ({proof.computed_in})",
         f"         largest logit difference {proof.largest_logit_difference:.2g}, where logits go up to "
         f"{proof.largest_logit:.3g}",
         f"         KL {proof.kl:.2g} nats a {proof.position}; the adapter itself moves {proof.adapter_kl:.2g}",
         f"         same first choice at {proof.same_top1:.1%} of the {proof.position}s",
     ]
+
+
+def _base_lines(report: "MergeReport") -> list[str]:
+    if report.base_differences:
+        return mismatch_lines(report.base_differences)
+    return (
+        [] if report.base_checked else ["         the adapter doesn't say which weights it was trained on: not checked"]
+    )
 
 
 def _storage_lines(report: "MergeReport") -> list[str]:

@@ -24,6 +24,10 @@ OutOption = Annotated[
 ]
 AdapterOutOption = Annotated[Path, typer.Option(metavar="DIR", help="Where to write the adapter.", show_default=False)]
 DtypeOption = Annotated[Dtype | None, typer.Option(help="Of all weights; else each keeps the base's.")]
+ExportDtypeOption = Annotated[
+    Literal["float32", "bfloat16", "float16", "q8_0"] | None,
+    typer.Option("--dtype", help="Of a whole model's weights, q8_0 in GGUF alone; else the base's."),
+]
 ProofRowsOption = Annotated[
     str | None, typer.Option("--data", metavar="FILE", help="Rows for the proof; else those of the run.")
 ]

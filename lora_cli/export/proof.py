@@ -12,8 +12,10 @@ Only one of the models is in memory at a time.
 """
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -24,13 +26,18 @@ from lora_cli.export.files import DTYPES, dtype_name
 from lora_cli.export.names import others, places
 from lora_cli.lora.adapter import Adapter, Factors
 from lora_cli.lora.base_files import stored_tensors
-from lora_cli.lora.inject import disabled, generator_for, lora_layers
+from lora_cli.lora.inject import disabled, generator_for, linears, lora_layers
 from lora_cli.lora.layer import LoRALinear
+from lora_cli.lora.switch import switched
 from lora_cli.lora.weights import dense, storage_of
 from lora_cli.lora.whole import whole_modules
 from lora_cli.models.base import Base
+from lora_cli.models.gguf import load_gguf
 from lora_cli.models.heads import CLASSIFIES, head_of
 from lora_cli.models.load import default_device, load_model
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 NOISE = 1e-4  # of the largest logit: some hundred float32 roundings in a row
 TIES = 0.05  # of what rounding moved: sums in another order send a few weights to the other neighbour
@@ -96,34 +103,100 @@ def prove(
     Raises ModelError when more than storing tells them apart.
     """
     dtype, head = compute_dtype(base.folder, device), head_of(adapter)
+    stored = _stored_dtypes(merged_folder, base.folder, adapter)
+    whole = head and replace(head, brought=frozenset())  # nothing may be missing
+    proof = _prove(
+        base,
+        adapter,
+        token_rows,
+        device=device,
+        fold=lambda model: _fold(model, adapter, stored),
+        load=lambda config: load_model(Base(base.name, merged_folder), dtype=dtype, device=device, head=whole),
+    )
+    if stored == dtype == torch.float32 and not proof.largest_logit_difference <= NOISE * proof.largest_logit:
+        raise ModelError(_failed(proof.largest_logit_difference, NOISE * proof.largest_logit))
+    return proof
+
+
+def prove_file(
+    base: Base,
+    adapter: Adapter,
+    file: Path,
+    rounded: Callable[[Tensor], Tensor],
+    token_rows: list[list[int]],
+    *,
+    device: torch.device | str = "cpu",
+) -> Proof:
+    """As `prove`, for a GGUF file, whose weights [out, in] give back what `rounded` says; transformers reads it anew.
+
+    The file's settings are not read here: it is loaded under the base's own config.
+    """
+    dtype = compute_dtype(base.folder, device)
+
+    def fold(model: nn.Module) -> None:
+        _fold(model, adapter, torch.float32)
+        _round(model, rounded)
+
+    def load(config: "PretrainedConfig") -> nn.Module:
+        return load_gguf(file, config, dtype).to(device)
+
+    return _prove(base, adapter, token_rows, device=device, fold=fold, load=load)
+
+
+def _prove(
+    base: Base,
+    adapter: Adapter,
+    token_rows: list[list[int]],
+    *,
+    device: torch.device | str,
+    fold: Callable[[nn.Module], None],
+    load: Callable[["PretrainedConfig"], nn.Module],
+) -> Proof:
+    """P against M, and R against M: `fold` makes R of P, in place, and `load` reads M."""
+    dtype, head = compute_dtype(base.folder, device), head_of(adapter)
     model = load_model(base, dtype=dtype, device=device, head=head)
     rows = _bounded(token_rows, vocabulary=model.get_input_embeddings().num_embeddings)
     adapter.inject_into(model)
     expected = _logits(model, rows)
     with disabled(model):
         adapter_kl = _kl(expected, _logits(model, rows))
-    stored = _stored_dtypes(merged_folder, base.folder, adapter)
-    _fold(model, adapter, stored)
-    folded = _logits(model, rows)
+    fold(model)
+    folded, config = _logits(model, rows), model.config
     del model
-    whole = head and replace(head, brought=frozenset())  # nothing may be missing
-    found = _logits(load_model(Base(base.name, merged_folder), dtype=dtype, device=device, head=whole), rows)
-    proof = Proof(
-        positions=len(expected),
-        computed_in=dtype_name(dtype),
-        largest_logit_difference=_largest(found - expected),
-        largest_logit=_largest(expected),
-        kl=_kl(expected, found),
-        adapter_kl=adapter_kl,
-        same_top1=float((found.argmax(-1) == expected.argmax(-1)).double().mean()),
-        unexplained=_largest(found - folded),
-        position="row" if head else "token",
-    )
+    found = _logits(load(config), rows)
+    unexplained = _largest(found - folded)
+    proof = _proof(expected, found, dtype, adapter_kl=adapter_kl, unexplained=unexplained, rows_count=head is not None)
     allowed = NOISE * proof.largest_logit + TIES * _largest(folded - expected)
     if not proof.unexplained <= allowed:  # also for NaN
         raise ModelError(_failed(proof.unexplained, allowed))
-    if stored == dtype == torch.float32 and not proof.largest_logit_difference <= NOISE * proof.largest_logit:
-        raise ModelError(_failed(proof.largest_logit_difference, NOISE * proof.largest_logit))
+    return proof
+
+
+def prove_adapter(
+    base: Base,
+    adapter: Adapter,
+    written: Adapter,
+    token_rows: list[list[int]],
+    *,
+    device: torch.device | str = "cpu",
+) -> Proof:
+    """Compare base + adapter with base + what was written of it, in another form, and read back: here P is R.
+
+    Raises ModelError when they differ by more than rounding in the dtype that is computed in.
+    """
+    dtype, head = compute_dtype(base.folder, device), head_of(adapter)
+    model = load_model(base, dtype=dtype, device=device, head=head)
+    rows = _bounded(token_rows, vocabulary=model.get_input_embeddings().num_embeddings)
+    alone = _logits(model, rows)
+    with switched(model, adapter):
+        expected = _logits(model, rows)
+    with switched(model, written):
+        found = _logits(model, rows)
+    proof = _proof(expected, found, dtype, adapter_kl=_kl(expected, alone), unexplained=_largest(found - expected))
+    # A factor's last bit may send a coarse product to the other neighbour
+    allowed = max(NOISE, 4 * torch.finfo(dtype).eps) * proof.largest_logit
+    if not proof.unexplained <= allowed:
+        raise ModelError(_failed(proof.unexplained, allowed, what="what was written"))
     return proof
 
 
@@ -173,6 +246,28 @@ def free_bytes(device: torch.device | str) -> int | None:
         return None
     lines = (line.split() for line in meminfo.read_text().splitlines())
     return next((int(line[1]) * 1024 for line in lines if line[0] == "MemAvailable:"), None)
+
+
+def _proof(
+    expected: Tensor,
+    found: Tensor,
+    dtype: torch.dtype,
+    *,
+    adapter_kl: float,
+    unexplained: float,
+    rows_count: bool = False,
+) -> Proof:
+    return Proof(
+        positions=len(expected),
+        computed_in=dtype_name(dtype),
+        largest_logit_difference=_largest(found - expected),
+        largest_logit=_largest(expected),
+        kl=_kl(expected, found),
+        adapter_kl=adapter_kl,
+        same_top1=float((found.argmax(-1) == expected.argmax(-1)).double().mean()),
+        unexplained=unexplained,
+        position="row" if rows_count else "token",
+    )
 
 
 def _bounded(rows: list[list[int]], vocabulary: int) -> list[tuple[int, ...]]:
@@ -259,6 +354,17 @@ def _fold(model: nn.Module, adapter: Adapter, stored: dict[str, torch.dtype] | t
             parameter.copy_(parameter.to(stored))
 
 
+@torch.no_grad()
+def _round(model: nn.Module, rounded: Callable[[Tensor], Tensor]) -> None:
+    """Give every parameter the value that it comes back with. In place."""
+    transposed = {id(m.weight) for m in linears(model).values() if storage_of(m).transposed}
+    for parameter in model.parameters():
+        if id(parameter) in transposed:
+            parameter.copy_(rounded(parameter.T).T)
+        else:
+            parameter.copy_(rounded(parameter))
+
+
 def _on(device: torch.device, factors: Factors) -> Factors:
     magnitude = None if factors.magnitude is None else factors.magnitude.to(device)
     return Factors(factors.A.to(device), factors.B.to(device), magnitude)
@@ -278,9 +384,9 @@ def _check_same(path: str, layer: LoRALinear, weight: Tensor) -> None:
         )
 
 
-def _failed(difference: float, allowed: float) -> Problem:
+def _failed(difference: float, allowed: float, what: str = "the merged model") -> Problem:
     return Problem(
-        f"the merged model does not answer as base + adapter: logits differ by {difference:.2g} beyond what storing "
+        f"{what} does not answer as base + adapter: logits differ by {difference:.2g} beyond what storing "
         f"the weights explains, and {allowed:.2g} is allowed",
         fix="use base and adapter side by side, and report this; nothing was written",
     )

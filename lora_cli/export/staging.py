@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from lora_cli.durable import DRAFT, sync_path
+from lora_cli.durable import DRAFT, draft_of, sync_path
 from lora_cli.errors import Problem, StorageError
 
 try:
@@ -35,16 +35,26 @@ def staged(out: Path, *, beside: Path | None = None) -> Iterator[Path]:
             draft.rename(out)
         sync_path(out.parent)
     except OSError as error:
-        where = error.filename or draft
-        raise StorageError(
-            Problem(
-                f"{error.strerror or error}",
-                where=str(where),
-                fix="free space, or take another `--out`; nothing was changed",
-            )
-        ) from error
+        raise _storage(error, draft) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+@contextmanager
+def staged_file(out: Path) -> Iterator[Path]:
+    """As `staged`, for one file: the path to write to, which becomes `out`, in a folder that is made where there is none."""
+    refuse_output(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    draft = draft_of(out)
+    try:
+        yield draft
+        sync_path(draft)
+        draft.rename(out)
+        sync_path(out.parent)
+    except OSError as error:
+        raise _storage(error, draft) from error
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def refuse_output(out: Path, beside: Path | None = None) -> None:
@@ -76,6 +86,11 @@ def need_space(folder: Path, needed: int) -> None:
                 fix="free space, or give `--out` on another disk",
             )
         )
+
+
+def _storage(error: OSError, draft: Path) -> StorageError:
+    fix = "free space, or take another `--out`; nothing was changed"
+    return StorageError(Problem(f"{error.strerror or error}", where=str(error.filename or draft), fix=fix))
 
 
 def _prefix(out: Path) -> str:

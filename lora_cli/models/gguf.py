@@ -5,13 +5,19 @@ import json
 import logging
 import shutil
 import tempfile
-from contextlib import redirect_stderr
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from io import StringIO
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lora_cli.data.cache import user_cache
 from lora_cli.errors import ModelError, Problem, first_line
 from lora_cli.models.quiet import quiet_transformers
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel
 
 log = logging.getLogger(__name__)
 
@@ -39,12 +45,36 @@ def converted_folder(file: Path) -> Path:
     return folder
 
 
+def load_gguf(file: Path, config: "PretrainedConfig", dtype: "torch.dtype") -> "PreTrainedModel":
+    """The weights of a GGUF file in a model of this config, in evaluation mode. Raises ModelError for one that can't be read."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    quiet_transformers()
+    if config.model_type == "mistral":  # a Llama to llama.cpp, and to transformers as it reads its files
+        config = LlamaConfig.from_dict(config.to_dict() | {"model_type": "llama"})
+    try:
+        with _alone(file) as folder:
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, gguf_file=file.name, config=config, dtype=dtype, trust_remote_code=False
+            )
+    except (ValueError, KeyError, OSError, RuntimeError, NotImplementedError) as error:
+        raise ModelError(Problem(f"transformers can't read it: {first_line(error)}", where=str(file))) from error
+    return model.eval()
+
+
+@contextmanager
+def _alone(file: Path) -> Iterator[Path]:
+    """A folder with nothing but the file, and silence: transformers would load an adapter that lies beside the file, and
+    shows a progress bar that nothing turns off."""
+    with tempfile.TemporaryDirectory() as folder, redirect_stderr(StringIO()):
+        (Path(folder) / file.name).symlink_to(file.resolve())
+        yield Path(folder)
+
+
 def _convert(file: Path, folder: Path) -> None:
     quiet_transformers()
-    with tempfile.TemporaryDirectory() as alone:  # transformers would load an adapter that lies beside the file
-        (Path(alone) / file.name).symlink_to(file.resolve())
-        with redirect_stderr(StringIO()):  # a progress bar that nothing else turns off
-            model, tokenizer = _read(Path(alone), file)
+    with _alone(file) as alone:
+        model, tokenizer = _read(alone, file)
     if hasattr(model.config, "quantization_config"):  # since transformers 5.18
         del model.config.quantization_config
     model.hf_quantizer = None

@@ -1,0 +1,103 @@
+"""What an export is told and what it reports: the same for every format."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from lora_cli.errors import ModelError, Problem
+from lora_cli.export.proof import Proof, prove_adapter
+from lora_cli.export.runtimes import Finding, Subject, check_served
+from lora_cli.lora.adapter import Adapter
+from lora_cli.lora.base_files import fingerprint
+from lora_cli.lora.portable import difference
+from lora_cli.models.base import Base
+from lora_cli.models.load import skeleton
+
+MOST_DIFFERENCE = 1e-6  # of an update, by folding scales into float32 factors
+
+
+@dataclass(frozen=True)
+class Order:
+    """An adapter, the folder it lies in (its tokenizer goes along), and where it shall go.
+
+    `base` and `token_rows`, for the proof, matter to formats that hold the whole model or are read beside one.
+    """
+
+    adapter: Adapter
+    folder: Path
+    out: Path
+    transposed: bool = False  # PEFT's fan_in_fan_out, as the adapter has it
+    base: Base | None = None
+    dtype: torch.dtype | None = None
+    type: str | None = None  # of a GGUF file's matrices: a dtype, or q8_0
+    token_rows: tuple[tuple[int, ...], ...] = ()
+    device: torch.device | str = "cpu"
+    allow_base_mismatch: bool = False
+
+    @property
+    def known_base(self) -> Base:
+        if self.base is None:
+            raise ModelError(
+                Problem("this format needs the base, and the adapter names none", fix="name it with `--base`")
+            )
+        return self.base
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """`difference` is the largest ‖written − ΔW‖ / ‖ΔW‖ of a module, read back; 0 is bit for bit, None a whole model.
+
+    `findings` are what the runtime would not have taken as it is; `stored` the type of a whole model's weights; `use`
+    how the reader is started. Without a base at hand there is no `proof` on its answers.
+    """
+
+    out: Path
+    format: str
+    tensors: int
+    bytes: int
+    difference: float | None = None
+    stored: str = ""
+    findings: tuple[Finding, ...] = ()
+    use: str = ""
+    proof: Proof | None = None
+    base_differences: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict:
+        findings = [{"trait": f.trait, **asdict(f.verdict)} for f in self.findings]
+        return asdict(self) | {"out": str(self.out), "findings": findings}
+
+
+def subject_of(order: Order) -> Subject:
+    tied = order.base is not None and bool(skeleton(order.base.folder).config.tie_word_embeddings)
+    return Subject(order.adapter.config, tuple(order.adapter.layers), tuple(order.adapter.extras), tied)
+
+
+def accepted(order: Order, runtime: str) -> tuple[tuple[Finding, ...], tuple[str, ...]]:
+    """What the runtime would not take as it is, and the tensors in which the base is another than the adapter's.
+
+    Raises ModelError for what it can't serve, and for an adapter that is dead or of another base.
+    """
+    order.adapter.check_alive(where=str(order.folder))
+    found = check_served(runtime, subject_of(order))
+    if order.base is None:
+        return tuple(found), ()
+    folder = order.base.folder
+    differences = order.adapter.check_base(fingerprint(folder), folder, allow=order.allow_base_mismatch)
+    order.adapter.check_fits(skeleton(folder))
+    return tuple(found), tuple(differences)
+
+
+def proved(order: Order, written: Adapter) -> tuple[float, Proof | None]:
+    """How far what was written and read back is from the adapter: update by update, and in the base's answers.
+
+    Raises ModelError where that is more than rounding.
+    """
+    apart = difference(order.adapter, written)
+    if not apart <= MOST_DIFFERENCE:
+        what = f"what was written is not the adapter: an update differs by {apart:.2g} of its norm"
+        raise ModelError(Problem(what, fix="report this; nothing was written"))
+    if order.base is None:
+        return apart, None
+    rows = [list(row) for row in order.token_rows]
+    return apart, prove_adapter(order.base, order.adapter, written, rows, device=order.device)
