@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from lora_cli.durable import replace_file
 from lora_cli.errors import FIRST_FAILED, DistributedError, Problem, RecipeError, UserError, first_line
 from lora_cli.runs.lock import COMMAND, command
 from lora_cli.signals import GRACE_SECONDS, NUMBERS, Interruption, exit_code
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
     from lora_cli.cli.profiles import Profile
+    from lora_cli.train.events import OutOfMemory
 
 # How long torch's launcher waits for its workers after it has handed a signal on: somewhat longer than they take
 KILL_AFTER, MARGIN = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 5
@@ -27,6 +29,8 @@ LAUNCH_OPTIONS = ("--processes", "--on")
 LAUNCHER = "LORA_LAUNCHER"  # its process
 ERRORS = "LORA_ERRORS"  # names the folder where our workers leave their errors
 HANG = "hang"  # the error file that is no worker's own
+AGAIN = "again"  # what workers leave that want to be started again
+SHORTAGE = "LORA_SHORTAGE"  # of memory: why the workers before these have left
 PR_SET_PDEATHSIG = 1
 
 
@@ -55,10 +59,15 @@ def end_with_launcher() -> None:
 
 
 def leave_hanging(error: UserError, doomed: list[int]) -> NoReturn:
-    """Where workers wait for one that hangs: say so, end those that would not hear anything less, and leave."""
+    """Where workers wait for one that hangs or can't go on: say so, end those that would not hear anything less, and leave."""
+    from lora_cli.train.memory import StartAgain
+
     if file := error_file():
         with suppress(OSError):
-            file.with_name(HANG).write_text(str(error), encoding="utf-8")
+            if isinstance(error, StartAgain):
+                replace_file(file.with_name(AGAIN), error.as_json().encode())
+            else:
+                file.with_name(HANG).write_text(str(error), encoding="utf-8")
     else:
         print(error, file=sys.stderr, flush=True)
     for process in doomed:
@@ -123,11 +132,44 @@ def _launch(processes: int, settings: "Profile", grace_seconds: float) -> None:
         try:
             elastic_launch(config, sys.executable)("-m", "lora_cli", *_without_launch_options(sys.argv[1:]))
         except ChildFailedError as error:
-            raise _worker_failed(error.failures, Path(errors)) from error
+            again = _text(Path(errors) / AGAIN)
+            if not again:
+                raise _worker_failed(error.failures, Path(errors)) from error
         except SignalException as error:
             raise SystemExit(exit_code(error.sigval)) from error
         except RendezvousError as error:
             raise _not_met(error, config.rdzv_endpoint) from error
+        else:
+            return
+    _start_again(again)
+
+
+def shortage_before() -> "OutOfMemory | None":
+    """Why these workers were started again, in smaller forwards; None where they were not."""
+    from lora_cli.train.memory import StartAgain
+
+    said = os.environ.get(SHORTAGE)
+    return StartAgain.from_json(said).shortage if said else None
+
+
+def _start_again(said: str) -> NoReturn:
+    """This command anew, with `--resume`: nothing of the workers that have left stays, and no port is taken.
+
+    Every time with smaller forwards than before, so this ends: where a single row does not fit, workers fail with exit 7.
+    """
+    from lora_cli.cli.console import note
+    from lora_cli.train.memory import StartAgain
+
+    shortage = StartAgain.from_json(said).shortage
+    note(
+        f"warning: out of memory on worker {shortage.rank} in step {shortage.step}, while the others wait for it: "
+        "all workers start again from the last saved step, in smaller forwards",
+        style="yellow",
+    )
+    os.environ[SHORTAGE] = said
+    kept = [argument for argument in sys.argv[1:] if argument not in ("--resume", "--overwrite")]
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, "-m", "lora_cli", *kept, "--resume"])
 
 
 def _check_gpus(processes: int) -> None:

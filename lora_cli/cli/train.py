@@ -73,7 +73,7 @@ def _train(loaded, folder, *, resume: bool, overwrite: bool, allow_change: list[
     from contextlib import nullcontext
 
     from lora_cli.cli.console import note
-    from lora_cli.cli.launch import is_first_worker, leave_hanging
+    from lora_cli.cli.launch import is_first_worker, leave_hanging, shortage_before
     from lora_cli.cli.tokenizing import tokenizing
     from lora_cli.runs.train import execute, prepare
     from lora_cli.signals import noted
@@ -96,6 +96,7 @@ def _train(loaded, folder, *, resume: bool, overwrite: bool, allow_change: list[
                 allow_change=allow_change,
                 asked_to_stop=lambda: signals.received is not None,
                 give_up=leave_hanging,
+                shortage=shortage_before(),
             )
             saved = _follow(run, events, first=hold is not None)
             leave_group()

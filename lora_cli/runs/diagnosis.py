@@ -479,7 +479,9 @@ def memory_ran_out(c: Curves) -> Finding | None:
         "memory_ran_out",
         "problem" if not events else "hint",
         "memory ran out",
-        f"{len(events)} steps were done again with less at a time" if events else "the run ended for it",
+        f"taken again with less at a time: {len(events):,} of {c.history.last_step or len(events):,} steps"
+        if events
+        else "the run ended for it",
         "A smaller micro-batch changes memory and speed alone, never the gradients.",
         tuple(tries),
     )

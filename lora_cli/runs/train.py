@@ -55,9 +55,10 @@ from lora_cli.runs.rows import load_rows, new_head, planned
 from lora_cli.runs.start import start_from
 from lora_cli.train import auto
 from lora_cli.train.checkpoint import folder_name, restore, save_checkpoint, set_damaged_aside
-from lora_cli.train.events import Complete, Event, Finished, Interrupted, Resumed, Started
+from lora_cli.train.events import Complete, Event, Finished, Interrupted, OutOfMemory, Resumed, Started
 from lora_cli.train.layout import Layout
 from lora_cli.train.loop import Actions, Measured, Parts, Settings, train
+from lora_cli.train.memory import StartAgain
 from lora_cli.train.optim import OptimizerState, make_optimizer, make_schedule, optimizer_state
 from lora_cli.train.parallel import agree, local_rank, make_accelerator, on_first
 from lora_cli.train.progress import Progress
@@ -170,11 +171,13 @@ def execute(
     allow_change: Collection[str] = (),
     asked_to_stop: Callable[[], bool] = lambda: False,
     give_up: GiveUp | None = None,
+    shortage: OutOfMemory | None = None,
 ) -> Iterator[Event]:
     """Train; yield what happens. Files are written by the first process alone.
 
     Ends with Finished; with Interrupted where it was asked to stop; with Complete alone where there is nothing to resume.
-    With `give_up`, several processes look after each other: it is called, on a thread, where one of them hangs.
+    With `give_up`, several processes look after each other: it is called, on a thread, where one of them hangs, or can't
+    go on while the others wait for it. A `shortage` of memory ended the session before: its forwards are taken from here on.
     """
     parts, first = _parts(run, asked_to_stop), run.accelerator.is_main_process
     if resume:
@@ -182,6 +185,8 @@ def execute(
     found = continuation(run, allow_change) if resume else None
     settings = comparable(run)
     progress = _restored(run, parts, found) if found else Progress()
+    if shortage:
+        progress.layout = Layout(shortage.micro_batch_size, shortage.row_length)
     agree(run.accelerator, {"the step": progress.step} | shared(settings))
     if found and is_complete(run, found):
         yield Complete(progress.step)
@@ -190,7 +195,7 @@ def execute(
         replace_file(run.folder.recipe, resolved_yaml(run.loaded).encode())
         record = opened(run, found)
         write_record(run.folder, record)
-    events = _events(run, parts, progress, found, settings)
+    events = _events(run, parts, progress, found, settings, shortage)
     with ExitStack() as stack:
         sinks = _sinks(run, record, stack, resumed_at=progress.step if resume else None) if first else []
         watch = stack.enter_context(_watch(run, parts, give_up))
@@ -248,7 +253,11 @@ def _watch(run: Run, parts: Parts, give_up: GiveUp | None) -> Iterator[Watch | N
         return
     with Watch(parts.ranks.mine, parts.ranks.count, give_up) as watch:
         watch.follow(run.accelerator.unwrap_model(parts.task), sharded_modules(run.model))
-        yield watch
+        try:
+            yield watch
+        except StartAgain as error:
+            watch.call_off(error)
+            raise
 
 
 def _parts(run: Run, asked_to_stop: Callable[[], bool]) -> Parts:
@@ -263,7 +272,7 @@ def _parts(run: Run, asked_to_stop: Callable[[], bool]) -> Parts:
         schedule=make_schedule(training, run.plan.steps),
         settings=run.settings,
         accelerator=run.accelerator,
-        ranks=Ranks(run.accelerator, asked_to_stop),
+        ranks=Ranks(run.accelerator, asked_to_stop, sharded=is_sharded(run.model)),
         rewind=Rewind() if training.rewind_on_spike else None,
     )
 
@@ -280,7 +289,12 @@ def _restored(run: Run, parts: Parts, found: Continuation) -> Progress:
 
 
 def _events(
-    run: Run, parts: Parts, progress: Progress, found: Continuation | None, settings: Mapping[str, object]
+    run: Run,
+    parts: Parts,
+    progress: Progress,
+    found: Continuation | None,
+    settings: Mapping[str, object],
+    shortage: OutOfMemory | None,
 ) -> Iterator[Event]:
     training = run.recipe.training
     if found:
@@ -295,6 +309,8 @@ def _events(
         gradient_checkpointing=setting_of(run.decision.recompute),
         predicted_bytes=run.decision.planned.memory.total if run.decision.planned else None,
     )
+    if shortage:
+        yield shortage
     stepping = train(
         parts,
         steps(run.rows.train, run.plan, seed=training.seed, start=progress.step),

@@ -82,7 +82,8 @@ class Spike(Event):
 
 @dataclass(frozen=True)
 class OutOfMemory(Event):
-    """Memory ran out in this step, which is taken again with these, smaller, forwards."""
+    """Memory ran out in this step, which is taken again with these, smaller, forwards: at once, or by a session that
+    starts again from the last saved step."""
 
     step: int
     rank: int

@@ -37,7 +37,7 @@ from lora_cli.train.events import (
     Step,
 )
 from lora_cli.train.layout import Layout, Rows, examples_of, micro_batches
-from lora_cli.train.memory import free_memory, rehearsed, smaller
+from lora_cli.train.memory import StartAgain, free_memory, rehearsed, smaller
 from lora_cli.train.optim import Parameters, Schedule, set_learning_rate
 from lora_cli.train.parallel import sum_gradients
 from lora_cli.train.progress import Progress
@@ -203,19 +203,25 @@ def _gradients(parts: Parts, number: int, rows: Rows, progress: Progress) -> Sum
 
 
 def _fitting(parts: Parts, progress: Progress, rows: Rows, attempt: Callable[[], Sums | None]) -> Iterator[Event]:
-    """What `attempt` returns, tried with ever smaller forwards until memory is enough."""
+    """What `attempt` returns, tried with ever smaller forwards until memory is enough.
+
+    Raises StartAgain where that can't be done in place.
+    """
     while True:
         try:
             return attempt()
         except MemoryShort as short:
-            rank, place = short.rank, short.place
+            rank, place, others_wait = short.rank, short.place, short.others_wait
         # here the failed forward is out of reach, and its memory can be given back
         parts.optimizer.zero_grad()
         free_memory()
         forward = examples_of(rows, progress.layout, rank=rank, processes=parts.ranks.count)[place]
         progress.layout = smaller(progress.layout, rows, forward, progress.fitted)
         layout = progress.layout
-        yield OutOfMemory(progress.step + 1, rank, layout.micro_batch_size, layout.row_length)
+        shortage = OutOfMemory(progress.step + 1, rank, layout.micro_batch_size, layout.row_length)
+        if others_wait:
+            raise StartAgain(shortage)
+        yield shortage
 
 
 def _rehearse(parts: Parts, progress: Progress, rows: Rows) -> None:

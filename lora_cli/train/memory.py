@@ -1,17 +1,44 @@
 """Out of memory: the same step again, in smaller forwards; the rows of a step stay the same, and so does its loss."""
 
 import gc
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Self
 
 import torch
 
 from lora_cli.data.types import Example
 from lora_cli.errors import OutOfMemoryError, Problem
+from lora_cli.train.events import OutOfMemory
 from lora_cli.train.layout import Layout, Rows, halved
 from lora_cli.train.optim import Parameters
 
 MOMENTS = 2  # of AdamW, beside each trained parameter
+
+
+class StartAgain(OutOfMemoryError):
+    """Memory ran out on one process while the others wait for it inside of a forward, as shards make them: no process
+    can go on. All leave, and start again from the last saved step with the forwards of the `shortage`."""
+
+    def __init__(self, shortage: OutOfMemory) -> None:
+        rows = shortage.micro_batch_size
+        super().__init__(
+            Problem(
+                f"out of memory on worker {shortage.rank} in step {shortage.step}, while the others wait for it",
+                fix=f"continue with `--resume --set training.micro_batch_size={rows} --allow-change training.micro_batch_size`; "
+                "`lora train --processes N` does so by itself",
+            )
+        )
+        self.shortage = shortage
+
+    def as_json(self) -> str:
+        return json.dumps(asdict(self.shortage))
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Self:
+        return cls(OutOfMemory(**json.loads(text)))
 
 
 def smaller(layout: Layout, rows: Rows, forward: Rows, fitted: int) -> Layout:

@@ -23,19 +23,27 @@ class Stopped(Exception):
 
 
 class MemoryShort(Exception):
-    """Memory ran out on `rank`, in its forward number `place` of the step. Every process raises it at the same place."""
+    """Memory ran out on `rank`, in its forward number `place` of the step. Every process raises it at the same place; but
+    where `others_wait` for it inside of the forward, this one alone."""
 
-    def __init__(self, rank: int, place: int) -> None:
+    def __init__(self, rank: int, place: int, *, others_wait: bool = False) -> None:
         super().__init__(f"out of memory on rank {rank}, forward {place}")
         self.rank = rank
         self.place = place
+        self.others_wait = others_wait
 
 
 class Ranks:
-    """The processes of a run. They meet on the CPU, where nobody waits for a device."""
+    """The processes of a run. They meet on the CPU, where nobody waits for a device.
 
-    def __init__(self, accelerator: Accelerator, asked_to_stop: Callable[[], bool] = lambda: False) -> None:
+    Of a model that is `sharded` they meet inside of each forward and backward, too.
+    """
+
+    def __init__(
+        self, accelerator: Accelerator, asked_to_stop: Callable[[], bool] = lambda: False, *, sharded: bool = False
+    ) -> None:
         self.asked_to_stop = asked_to_stop
+        self.sharded = sharded
         self.mine = accelerator.process_index
         self.count = accelerator.num_processes
         # NCCL knows no tensors on the CPU
@@ -54,6 +62,8 @@ class Ranks:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
+            if self.sharded:  # nobody hears a question
+                raise MemoryShort(self.mine, place, others_wait=True) from None
             verdict = Verdict.OUT_OF_MEMORY
         self._agree(verdict, place)
 

@@ -11,6 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Self
@@ -20,6 +21,7 @@ from torch.distributed import DistStoreError, TCPStore
 
 from lora_cli.errors import DistributedError, Problem, UserError, first_line
 from lora_cli.train.events import Event, Step
+from lora_cli.train.memory import StartAgain
 
 PATIENCE = "LORA_HANG_SECONDS"
 DEFAULT_SECONDS = 120.0
@@ -29,6 +31,8 @@ UNDECIDED = 5
 FIRST_STEP = 5
 FEW = 4  # that are named
 DONE = 10**15
+CALLED_OFF, KNOWN = "lora/watch/called-off", "lora/watch/known"  # why the run ends, and how many processes know
+MOST_WAIT = 10.0  # seconds, until all of them know
 LOOK = f"look at its machine, disk and GPU; continue with `--resume`; {PATIENCE} sets how long to wait"
 
 # Tells the error, ends these processes of this machine, and leaves at once
@@ -91,6 +95,11 @@ class Watch:
         self.steps += isinstance(event, Step)
         self.did(f"step {event.step}" if isinstance(event, Step) else f"{event.name} at step {event.step}")
 
+    def call_off(self, error: StartAgain) -> None:
+        """Tell every process that this one can't go on while they wait for it; all of them give up, this one too."""
+        self.store.set(CALLED_OFF, error.as_json())
+        self.thread.join()
+
     def follow(self, task: nn.Module, meeting: Iterable[nn.Module] = ()) -> None:
         """Count the task's forwards, and the modules in them where each process waits for the others."""
         task.register_forward_pre_hook(self._forward)
@@ -108,7 +117,7 @@ class Watch:
             self.tick += 1
             try:
                 self._tell()
-                found = self._look()
+                found = self._called_off() or self._look()
             except DistStoreError as error:
                 found = self._lost(error), []
             except RuntimeError:  # the store has gone, and the run with it
@@ -125,6 +134,17 @@ class Watch:
     def _tell(self) -> None:
         beat = Beat(self.count, self.tick, self.did_last, socket.gethostname(), os.getpid())
         self.store.set(f"lora/watch/{self.rank}", json.dumps(asdict(beat)))
+
+    def _called_off(self) -> tuple[UserError, list[int]] | None:
+        """Returns once all know: the first one that leaves breaks the connections of the others."""
+        if not self.store.check([CALLED_OFF]):
+            return None
+        error, deadline = StartAgain.from_json(self.store.get(CALLED_OFF)), time.monotonic() + MOST_WAIT
+        with suppress(RuntimeError):  # the store goes with the process that keeps it, which knows by then
+            self.store.add(KNOWN, 1)
+            while self.store.add(KNOWN, 0) < len(self.ranks) and time.monotonic() < deadline:
+                time.sleep(0.05)
+        return error, []
 
     def _look(self) -> tuple[UserError, list[int]] | None:
         """The verdict, where there is one. Nobody is looked at while this process moves."""

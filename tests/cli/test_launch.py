@@ -22,6 +22,7 @@ from lora_cli.cli import launch, profiles
 from lora_cli.cli.profiles import Profile, profile_folders, read_profile
 from lora_cli.cli.slurm import first_host, worker_of_srun
 from lora_cli.errors import DistributedError, RecipeError, SafetyError, is_out_of_memory
+from lora_cli.train.events import OutOfMemory
 from lora_cli.train.parallel import agree, make_accelerator
 from lora_cli.train.sharding import Sharding, asked_for, not_done
 
@@ -411,6 +412,42 @@ def test_a_worker_that_is_stopped_ends_the_run_with_one_error(recipe, tmp_path):
     assert "error: worker 1 hangs: nothing has happened for " in err
     assert "worker 0: " in err
     assert_gone(workers)
+
+
+def test_workers_that_can_not_go_on_for_want_of_memory_are_started_again(recipe, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os\n"
+        "if os.environ.get('RANK') == '1' and 'LORA_SHORTAGE' not in os.environ:\n"
+        "    from faults import at_call\n"
+        "    from lora_cli.objectives.table import OBJECTIVES\n"
+        "    def fail(): raise MemoryError\n"
+        "    OBJECTIVES['sft'] = at_call(3, OBJECTIVES['sft'], fail)\n"
+    )
+    path = os.pathsep.join([str(tmp_path), str(ROOT), str(ROOT / "tests")])
+    settings = {"data.packing": False, "training.micro_batch_size": 2, "training.save_steps": 2}
+
+    process = start_process("train", recipe(settings), "--processes", 2, "--on", "fsdp2", PYTHONPATH=path)
+    _, err = process.communicate(timeout=280)
+
+    assert process.returncode == 0, err
+    assert "warning: out of memory on worker 1 in step 3, while the others wait for it: all workers start again" in err
+    assert "error:" not in err
+    assert [event["step"] for event in events(tmp_path / "out", "started")] == [0, 2]
+    assert [event["step"] for event in events(tmp_path / "out", "step")] == [1, 2, 3, 4]
+    assert [event["micro_batch_size"] for event in events(tmp_path / "out", "out_of_memory")] == [1]
+
+
+@pytest.mark.parametrize("options", [(), ("--overwrite",), ("--resume",)])
+def test_started_again_the_command_continues_its_run(options, monkeypatch, capsys):
+    started, said = [], '{"step": 3, "rank": 1, "micro_batch_size": 1, "row_length": 64}'
+    monkeypatch.setattr("os.execv", lambda program, arguments: started.extend(arguments[1:]))
+    monkeypatch.setattr("sys.argv", ["lora", "train", "r.yaml", *options, "--processes", "2"])
+    monkeypatch.setenv(launch.SHORTAGE, "")
+
+    launch._start_again(said)
+
+    assert started == ["-m", "lora_cli", "train", "r.yaml", "--processes", "2", "--resume"]
+    assert launch.shortage_before() == OutOfMemory(3, 1, 1, 64)
 
 
 @pytest.mark.parametrize("kind", ["MULTI_GPU", "FSDP"])

@@ -1,13 +1,17 @@
 """Out of memory: the step is taken again in smaller forwards, and the run ends as if they had been small from the start."""
 
+import json
+
 import pytest
 import torch
 from faults import with_room_for
-from running import adapter_bytes, events
+from running import adapter_bytes, events, lora_workers
+from same_run import WHOLE, assert_same_run
 
 from lora_cli.objectives.table import OBJECTIVES
 from lora_cli.train.layout import Layout, halved
 
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 WIDE = {"training.global_batch_size": 8, "training.micro_batch_size": 8, "data.packing": False}
 
 
@@ -52,6 +56,52 @@ def test_packed_rows_get_shorter_down_to_the_longest_example(lora, recipe, tmp_p
 
     assert [event["row_length"] for event in events(tmp_path / "out", "out_of_memory")] == [64, 32]
     assert max(lengths) <= 32
+
+
+def short_of_memory(rank: int, rows: int) -> None:
+    """On rank 1 no forward of a step has room for more than so many rows, from the third one on."""
+    plain, steps = OBJECTIVES["sft"], []
+
+    def objective(model, batch):
+        steps.append(model.training)
+        if sum(steps) >= 3:
+            return with_room_for(rows, plain)(model, batch)
+        return plain(model, batch)
+
+    if rank == 1:
+        OBJECTIVES["sft"] = objective
+
+
+@pytest.mark.parametrize("save_steps", [2, None], ids=["from a checkpoint", "from the beginning"])
+def test_where_others_wait_in_a_forward_all_leave_and_start_again(save_steps, lora, recipe, tmp_path):
+    settings = WHOLE | {"training.micro_batch_size": 4, "data.packing": False, "training.save_steps": save_steps}
+    lora("train", recipe(settings), "--out", tmp_path / "whole")
+
+    left = lora_workers(2, "train", recipe(settings), code=7, before=lambda rank: short_of_memory(rank, 2), **FSDP2)
+    for done in left:
+        assert "error: out of memory on worker 1 in step 3, while the others wait for it\n" in done.err
+    said = {"LORA_SHORTAGE": json.dumps({"step": 3, "rank": 1, "micro_batch_size": 2, "row_length": None})}
+    again = lora_workers(
+        2, "train", recipe(settings), "--resume", before=lambda rank: short_of_memory(rank, 2), **FSDP2 | said
+    )
+
+    assert "out of memory in step 3; taken again, and all from here on, with 2 rows a forward" in again[0].err
+    assert [event["step"] for event in events(tmp_path / "out", "started")] == [0, save_steps or 0]
+    [shortage] = events(tmp_path / "out", "out_of_memory")
+    assert (shortage["step"], shortage["rank"], shortage["micro_batch_size"]) == (3, 1, 2)
+    assert_same_run(tmp_path / "out", tmp_path / "whole")
+
+
+def test_a_single_row_that_does_not_fit_a_shard_is_named_by_its_worker(recipe):
+    settings = WIDE | {"training.micro_batch_size": 1}
+
+    waits, short = lora_workers(
+        2, "train", recipe(settings), code=None, before=lambda rank: short_of_memory(rank, 0), **FSDP2
+    )
+
+    assert (waits.code, short.code) == (8, 7)
+    assert "error: out of memory on a single row of " in short.err
+    assert "lost the others" in waits.err
 
 
 def test_a_single_row_that_does_not_fit_is_exit_7_naming_it_and_what_fits(lora, recipe, tmp_path, monkeypatch):
