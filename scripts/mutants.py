@@ -29,7 +29,7 @@ COPIED = ("lora_cli", "tests", "scripts", "configs", "docs", "recipes", "pyproje
 FAILED, PASSED, UNUSABLE = 1, 0, 3  # pytest's exit codes; but for the first two, it could not run the tests
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
 WARM = ("torch", "accelerate", "peft", "transformers.models.llama.modeling_llama", "transformers.trainer_utils")
-SECONDS = 300  # for the tests of one fault
+SECONDS = 900  # for the tests of one fault: ten times what they take on two idle cores
 
 
 class Mutant(NamedTuple):
@@ -258,7 +258,7 @@ MUTANTS = (
         "data/render.py",
         "return ids if ids[:1] == self._bos else self._bos + ids",
         "return self._bos + ids",
-        "data/test_render.py",
+        "data/test_render.py::test_a_document_has_one_bos_and_one_end_token_and_is_trained_as_a_whole",
     ),
     Mutant(
         "a template that writes BOS twice is taken",
@@ -795,10 +795,10 @@ def _log(copy: Path) -> Path:
 
 
 def _verdict(trial: Trial, status: int) -> str | None:
-    """The first test that failed, None where all passed."""
+    """The first test that failed, or that they did not end; None where all passed."""
     code, name = os.waitstatus_to_exitcode(status), trial.mutant.name if trial.mutant else "no fault"
     if code == -signal.SIGALRM:
-        raise Unusable(f"the tests of `{name}` do not end")
+        return f"the clock: its tests did not end in {SECONDS} s"
     if code not in (FAILED, PASSED):
         raise Unusable(f"the tests of `{name}` could not run:\n{trial.said[-4000:]}")
     return _first_failure(trial.said) if code == FAILED else None

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from lora_cli.cli.options import JsonOption, RecipeArgument, SetOption
+from lora_cli.cli.options import JsonOption, RecipeArgument, SetOption, TrustOption
 
 SHOWN_LABELS = 20
 BAR = 24  # characters of the longest
@@ -16,6 +16,7 @@ def check(
     set_: SetOption = None,
     json: JsonOption = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print faults and warnings alone.")] = False,
+    trust_remote_code: TrustOption = None,
 ) -> None:
     """Prove a recipe, its rows, template, targets and disk before training: `lora check recipe.yaml`."""
     from lora_cli.cli.console import show_json

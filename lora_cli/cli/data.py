@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from lora_cli.cli.options import JsonOption, RecipeArgument, SetOption
+from lora_cli.cli.options import JsonOption, RecipeArgument, SetOption, TrustOption
 
 OPEN, CLOSE = "⟦", "⟧"  # around trained tokens, where there is no colour
 BORDER = "│"
@@ -25,6 +25,7 @@ def data(
     tokens: Annotated[bool, typer.Option("--tokens", help=f"Put a {BORDER} between tokens.")] = False,
     limit: Annotated[int, typer.Option(min=1, help="Examples, or packed rows, to show at most.")] = 3,
     json: JsonOption = False,
+    trust_remote_code: TrustOption = None,
 ) -> None:
     """Show rows as tokens, exactly as they are trained: `lora data recipe.yaml --row 17`."""
     from lora_cli.cli.console import show_json

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from lora_cli.cli.options import BaseOption, JsonOption, MismatchOption, SetOption
+from lora_cli.cli.options import BaseOption, JsonOption, MismatchOption, SetOption, TrustOption
 
 
 def eval_(
@@ -27,6 +27,7 @@ def eval_(
     set_: SetOption = None,
     json: JsonOption = False,
     allow_base_mismatch: MismatchOption = False,
+    trust_remote_code: TrustOption = None,
 ) -> None:
     """Measure base and adapter side by side: `lora eval recipe.yaml`, or `lora eval --adapter out/ --data rows.jsonl`."""
     from lora_cli.cli.console import inert, note, show_json

@@ -13,6 +13,7 @@ from lora_cli.cli.options import (
     MismatchOption,
     OutOption,
     ProofRowsOption,
+    TrustOption,
 )
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ def export(
     data: ProofRowsOption = None,
     allow_base_mismatch: MismatchOption = False,
     as_json: JsonOption = False,
+    trust_remote_code: TrustOption = None,
 ) -> None:
     """Write an adapter in another form, read it back, and prove that it acts as base + adapter do.
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lora_cli.cli.compose import made_document, show_made
-from lora_cli.cli.options import AdapterOutOption, JsonOption
+from lora_cli.cli.options import AdapterOutOption, JsonOption, TrustOption
 
 if TYPE_CHECKING:
     from lora_cli.export.extract import Extracted, LeftOut
@@ -27,6 +27,7 @@ def extract(
         str, typer.Option(metavar="NAMES", help="Letters (`qkvo`), `all-linear`, or `q_proj,lm_head`.")
     ] = "all-linear",
     as_json: JsonOption = False,
+    trust_remote_code: TrustOption = None,
 ) -> None:
     """Write a full fine-tune minus its base as an adapter, and say what of the change it holds.
 

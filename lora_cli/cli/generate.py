@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from lora_cli.cli.options import BaseOption, JsonOption, MismatchOption
+from lora_cli.cli.options import BaseOption, JsonOption, MismatchOption, TrustOption
 
 
 def generate(
@@ -24,6 +24,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens an answer has at most.")] = 96,
     json: JsonOption = False,
     allow_base_mismatch: MismatchOption = False,
+    trust_remote_code: TrustOption = None,
 ) -> None:
     """Answer prompts by base and adapters side by side, in one load: `lora generate --adapter out/ --prompt 'What is a kludge?'`."""
     from lora_cli.cli.console import inert, show, show_json

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lora_cli.cli.compose import span
-from lora_cli.cli.options import JsonOption, MismatchOption
+from lora_cli.cli.options import JsonOption, MismatchOption, TrustOption
 
 if TYPE_CHECKING:
     from lora_cli.runs.inspect import Inspection, Module
@@ -28,6 +28,7 @@ def inspect(
     ] = False,
     allow_base_mismatch: MismatchOption = False,
     as_json: JsonOption = False,
+    trust_remote_code: TrustOption = None,
 ) -> None:
     """Show what an adapter is, how strong each module's update is, and how much of its rank works.
 

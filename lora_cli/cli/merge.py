@@ -13,6 +13,7 @@ from lora_cli.cli.options import (
     MismatchOption,
     OutOption,
     ProofRowsOption,
+    TrustOption,
 )
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ def merge(
     data: ProofRowsOption = None,
     allow_base_mismatch: MismatchOption = False,
     as_json: JsonOption = False,
+    trust_remote_code: TrustOption = None,
 ) -> None:
     """Write base + adapter as one model, prove that it answers the same, and say what storing it lost.
 

@@ -31,4 +31,23 @@ ExportDtypeOption = Annotated[
 ProofRowsOption = Annotated[
     str | None, typer.Option("--data", metavar="FILE", help="Rows for the proof; else those of the run.")
 ]
+
+
+def _trust(flags: list[str] | None) -> list[str] | None:
+    from lora_cli.models.trust import trust
+
+    trust(flags or [])
+    return flags
+
+
+TrustOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--trust-remote-code",
+        metavar="REPO@COMMIT",
+        help="Run the code that this base brings along, at this full commit.",
+        callback=_trust,
+        show_default=False,
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from lora_cli.cli.options import RecipeArgument, SetOption
+from lora_cli.cli.options import RecipeArgument, SetOption, TrustOption
 from lora_cli.errors import Problem, RecipeError
 from lora_cli.signals import GRACE_SECONDS
 
@@ -37,6 +37,7 @@ def train(
     on: Annotated[
         str | None, typer.Option(metavar="PROFILE", help="Where to run: a name from configs/launch/, or a file.")
     ] = None,
+    trust_remote_code: TrustOption = None,
 ) -> None:
     """Train an adapter: `lora train configs/llama7b-qv.yaml --set lora.r=16`."""
     from lora_cli.recipe.reader import read_recipe, with_output

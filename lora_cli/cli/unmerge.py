@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lora_cli.cli.merge import weights_bar
-from lora_cli.cli.options import AdapterOption, DtypeOption, JsonOption
+from lora_cli.cli.options import AdapterOption, DtypeOption, JsonOption, TrustOption
 
 if TYPE_CHECKING:
     from lora_cli.export.unmerge import UnmergeReport
@@ -21,6 +21,7 @@ def unmerge(
     ] = None,
     dtype: DtypeOption = None,
     as_json: JsonOption = False,
+    trust_remote_code: TrustOption = None,
 ) -> None:
     """Take an adapter off a merged model again, and say how far from the base the result can be.
 

@@ -22,6 +22,7 @@ from lora_cli.limits import read_json
 from lora_cli.lora.base_files import INDEX, StoredTensor, read_header, read_metadata, stored_tensors, weight_files
 from lora_cli.models.base import read_config
 from lora_cli.models.load import tokenizer_folder
+from lora_cli.models.trust import AUTO_MAP, CODE, may_run
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -103,11 +104,12 @@ def rewrite_weights(
 
 
 def copy_side_files(folder: Path, out: Path, *, tokenizer: Path | None = None) -> None:
-    """Tokenizer, chat template, generation config and licence: never code, pickles or weights in other formats.
+    """Tokenizer, chat template, generation config and licence: never pickles, weights in other formats, or code but that
+    which the user trusts.
 
     The tokenizer is all from `tokenizer` (the run folder) where that has one, else all from `folder`.
     """
-    _copy(folder, out, OTHER_FILES)
+    _copy(folder, out, (*OTHER_FILES, CODE) if may_run(folder) else OTHER_FILES)
     _copy(tokenizer_folder(tokenizer, folder), out, TOKENIZER_FILES)
 
 
@@ -121,7 +123,8 @@ def write_config(
 ) -> None:
     """config.json with what changed: the dtype (it would be loaded in the old one), whether the head is tied, and more."""
     config = read_config(folder)
-    config.pop("auto_map", None)  # it would name code files that are not copied
+    if not may_run(folder):
+        config.pop(AUTO_MAP, None)  # it would name code files that are not copied
     if tied is not None:
         config["tie_word_embeddings"] = tied
     if dtype is not None:
@@ -296,7 +299,7 @@ def _copy(folder: Path, out: Path, patterns: tuple[str, ...]) -> None:
     for file in sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()}):
         _refuse_link_out(file, folder)
         target = out / file.relative_to(folder)
-        target.parent.mkdir(exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, target)
 
 

@@ -1,6 +1,6 @@
 """Where a base model's files are: a folder, a hub id, or a GGUF file, all brought to one folder of safetensors.
 
-Configs are read here as data before any library acts on them: foreign code is refused.
+Configs are read here as data before any library acts on them: foreign code is refused, but for what `trust.py` knows of.
 """
 
 import logging
@@ -12,6 +12,7 @@ from pathlib import Path
 
 from lora_cli.errors import ModelError, Problem, SafetyError
 from lora_cli.limits import read_json
+from lora_cli.models.trust import AUTO_MAP, FLAG, approve, code_files, named_commit, to_trust
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +27,7 @@ HUB_FILES = [
     "LICENSE*",
     "NOTICE*",
 ]
+HUB_CODE = "*.py"  # where the user trusts it
 # A second copy of the weights, other formats in folders of their own, and adapters
 HUB_LEFT_OUT = ["consolidated*", "*/*", "adapter_*"]
 
@@ -73,7 +75,9 @@ def resolve_base(name: str, revision: str | None = None, *, weights: bool = True
     elif path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(_no_such_base(name))
     else:
-        folder = hub_folder(name, revision, [*HUB_FILES, HUB_WEIGHTS] if weights else HUB_FILES)
+        named = named_commit(name)
+        files = [*HUB_FILES, *([HUB_WEIGHTS] if weights else []), *([HUB_CODE] if named else [])]
+        folder = hub_folder(name, revision or named, files)
         base = Base(name, folder, revision=folder.name)
     _check_config(base)
     return base
@@ -101,12 +105,12 @@ def read_config(folder: Path) -> dict:
 def refuse_foreign_code(folder: Path) -> None:
     """Raise SafetyError where a config beside a model or a tokenizer asks for code that is not transformers' own.
 
-    `auto_map` says which code there is; nothing runs it, and whether a model can do without is for `_check_config`.
+    `auto_map` says which code there is, and whether a model can do without is for `_check_code`.
     """
     for name in CONFIGS:
         with suppress(FileNotFoundError):
             for path, value in _entries(read_json(folder / name)):
-                if _asks_for_code(path[-1], value) and "auto_map" not in path:
+                if _asks_for_code(path[-1], value) and AUTO_MAP not in path:
                     what = f"it asks for code from elsewhere: `{'.'.join(path)}`"
                     raise SafetyError(
                         Problem(what, where=str(folder / name), fix="don't use it; foreign code is never run")
@@ -149,19 +153,29 @@ def _check_config(base: Base) -> None:
             )
         )
     refuse_foreign_code(base.folder)
-    if "auto_map" in config:
-        if not _known_to_transformers(config.get("model_type")):
-            raise SafetyError(
-                Problem(
-                    f"{base.name} brings its own code (`auto_map`), and transformers has no `{config.get('model_type')}` itself",
-                    where=where,
-                    fix="use a model that transformers has; foreign code is never run",
-                )
-            )
+    if AUTO_MAP in config:
+        _check_code(base, config.get("model_type"))
+    elif named_commit(base.name):
+        log.warning("%s is not needed: %s brings no code", FLAG, base.name)
+
+
+def _check_code(base: Base, model_type: object) -> None:
+    """Raise SafetyError for a base that can't do without its own code, which the user has not named."""
+    if _known_to_transformers(model_type):
         log.warning(
-            "%s brings its own code (`auto_map`): ignored, transformers' own `%s` is used",
-            base.name,
-            config["model_type"],
+            "%s brings its own code (`auto_map`): ignored, transformers' own `%s` is used", base.name, model_type
+        )
+    elif approve(base.name, base.folder, base.revision):
+        files = ", ".join(path.name for path in code_files(base.folder))
+        log.warning("%s: code of %s is run: %s", FLAG, base.name, files)
+    else:
+        raise SafetyError(
+            Problem(
+                f"{base.name} brings its own code (`auto_map`), and transformers has no `{model_type}` itself",
+                where=str(base.folder / "config.json"),
+                fix="use a model that transformers has; or read its *.py files, all of them, and run them as yourself with "
+                f"`{to_trust(base.name, base.folder, base.revision)}`",
+            )
         )
 
 

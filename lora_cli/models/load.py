@@ -15,6 +15,7 @@ from lora_cli.lora.base_files import weight_files
 from lora_cli.models.base import Base, refuse_foreign_code
 from lora_cli.models.heads import SUFFIX, Head, configure, head_modules, may_be_new, refuse_encoder, start
 from lora_cli.models.quiet import quiet_transformers
+from lora_cli.models.trust import may_run
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -86,7 +87,7 @@ def load_model(
             quantization_config=_quantization(quantize, dtype, left_out),
             device_map={"": device} if quantize != "none" or torch.device(device).type != "cpu" else None,
             use_safetensors=True,
-            trust_remote_code=False,
+            trust_remote_code=may_run(base.folder),
             output_loading_info=True,
             ignore_mismatched_sizes=head is not None,  # of a head for other labels
         )
@@ -111,10 +112,10 @@ def skeleton(folder: Path, head: Head | None = None) -> "PreTrainedModel":
 
     quiet_transformers()
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=may_run(folder))
         if head is None:
             refuse_encoder(config, folder)
-        return without_weights(config, head)
+        return without_weights(config, head, own_code=may_run(folder))
     except UserError:
         raise
     except Exception as error:
@@ -122,12 +123,17 @@ def skeleton(folder: Path, head: Head | None = None) -> "PreTrainedModel":
         raise _of_foreign_file(what, folder / "config.json", error, _fix(error, head)) from error
 
 
-def without_weights(config: "PretrainedConfig", head: Head | None = None) -> "PreTrainedModel":
-    """The modules that a config describes, on the meta device; of a head, the parameters count as new."""
+def without_weights(
+    config: "PretrainedConfig", head: Head | None = None, *, own_code: bool = False
+) -> "PreTrainedModel":
+    """The modules that a config describes, on the meta device; of a head, the parameters count as new.
+
+    `own_code` runs that which the config names, and is for a base that the user trusts.
+    """
     if head:
         configure(config, head)
     with torch.device("meta"):
-        model = _auto_class(head).from_config(config, trust_remote_code=False).requires_grad_(False)
+        model = _auto_class(head).from_config(config, trust_remote_code=own_code).requires_grad_(False)
     for path in head_modules(model) if head else ():
         model.get_submodule(path).requires_grad_(True)
     return model
@@ -230,7 +236,7 @@ def _config(base: Base, head: Head | None):
     """The base's config with its own dropout off: `lora.dropout` is the only one, and 0 of it is none."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(base.folder, trust_remote_code=False)
+    config = AutoConfig.from_pretrained(base.folder, trust_remote_code=may_run(base.folder))
     if head:
         configure(config, head)
     else:
