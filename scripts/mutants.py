@@ -93,14 +93,14 @@ MUTANTS = (
     Mutant(
         "PiSSA starts without the scale",
         "lora/init.py",
-        "root = (S[:r] / layer.scale).sqrt()",
-        "root = S[:r].sqrt()",
+        "root = (S[..., :r] / layer.scale).sqrt()",
+        "root = S[..., :r].sqrt()",
         "lora/test_inject.py::test_pissa_starts_at_the_best_approximation_of_the_weight",
     ),
     Mutant(
         "a start that is not zero is not taken off",
         "lora/layer.py",
-        "if B.any():",
+        "if A.any() and B.any():",
         "if False:",
         "lora/test_layer_laws.py::test_training_starts_at_the_base_model",
     ),
@@ -135,22 +135,22 @@ MUTANTS = (
     Mutant(
         "dropout acts on nothing",
         "lora/layer.py",
-        "lora_update(self.dropout(x), A, B, self.scale)",
-        "lora_update(x, A, B, self.scale)",
+        "lora_update(self.dropout(x), *self.factors(), self.scale)",
+        "lora_update(x, *self.factors(), self.scale)",
         "lora/test_layer_laws.py::test_dropout_acts_in_training_alone_and_on_the_update_alone",
     ),
     Mutant(
         "DoRA stretches the bias",
         "lora/layer.py",
-        "without_bias = y if self.base.bias is None else y - self.base.bias.to(y.dtype)",
+        "without_bias = y if bias is None else y - _before(self.trailing, bias.to(y.dtype))",
         "without_bias = y",
         "lora/test_layer_laws.py::test_the_merged_weight_gives_the_output_of_the_layer",
     ),
     Mutant(
         "DoRA divides by the norm of the base alone",
         "lora/layer.py",
-        "norm = merged_weight(dense(self.base), *self.factors(), self.scale).norm(dim=1)",
-        "norm = dense(self.base).float().norm(dim=1)",
+        "norm = merged_weight(self.dense(), *self.factors(), self.scale).norm(dim=-1)",
+        "norm = self.dense().float().norm(dim=-1)",
         "lora/test_layer_laws.py::test_the_merged_weight_gives_the_output_of_the_layer",
     ),
     Mutant(
@@ -258,7 +258,7 @@ MUTANTS = (
         "data/render.py",
         "return ids if ids[:1] == self._bos else self._bos + ids",
         "return self._bos + ids",
-        "data/test_render.py::test_a_document_has_one_bos_and_one_end_token_and_is_trained_as_a_whole",
+        "data/test_render.py",
     ),
     Mutant(
         "a template that writes BOS twice is taken",
@@ -572,7 +572,7 @@ MUTANTS = (
     Mutant(
         "the start that is taken off is lost in a resumed run",
         "train/checkpoint.py",
-        "if len(factors.A) == 2 * r:",
+        "if factors.A.shape[-2] == 2 * r:",
         "if False:",
         "train/test_checkpoint.py::test_the_start_that_is_taken_off_comes_back_with_the_factors",
     ),
@@ -601,16 +601,16 @@ MUTANTS = (
     Mutant(
         "a merge rounds twice",
         "export/merged.py",
-        "new[rows] = exact.to(dtype)",
-        "new[rows] = exact.to(torch.bfloat16).to(dtype)",
+        "merged[rows] = exact.to(dtype)",
+        "merged[rows] = exact.to(torch.bfloat16).to(dtype)",
         "export/test_merged.py::test_a_chosen_dtype_holds_for_all_weights_and_stands_in_the_config"
         " export/test_merged.py::test_a_merged_model_answers_as_base_and_adapter",
     ),
     Mutant(
         "a merge gives all layers the same scale",
         "export/merged.py",
-        "factors, scale = adapter.layers[place.path], adapter.config.at(place.path).scale",
-        "factors, scale = adapter.layers[place.path], adapter.config.scale",
+        "factors, scale = rows_of(adapter.layers[part.path], part.rows), adapter.config.at(part.path).scale",
+        "factors, scale = rows_of(adapter.layers[part.path], part.rows), adapter.config.scale",
         "export/test_merged.py::test_a_merged_model_answers_as_base_and_adapter",
     ),
     Mutant(
@@ -795,10 +795,10 @@ def _log(copy: Path) -> Path:
 
 
 def _verdict(trial: Trial, status: int) -> str | None:
-    """The first test that failed, or that they did not end; None where all passed."""
+    """The first test that failed, None where all passed."""
     code, name = os.waitstatus_to_exitcode(status), trial.mutant.name if trial.mutant else "no fault"
     if code == -signal.SIGALRM:
-        return f"the clock: its tests did not end in {SECONDS} s"
+        raise Unusable(f"the tests of `{name}` do not end")
     if code not in (FAILED, PASSED):
         raise Unusable(f"the tests of `{name}` could not run:\n{trial.said[-4000:]}")
     return _first_failure(trial.said) if code == FAILED else None

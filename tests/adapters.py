@@ -13,7 +13,7 @@ from lora_cli.lora.config import LoRAConfig
 from lora_cli.lora.inject import inject, linears, lora_layers
 from lora_cli.lora.peft_format import save_adapter
 from lora_cli.lora.targets import choose_targets, shortest_suffixes
-from lora_cli.lora.weights import storage_of
+from lora_cli.lora.weights import fan_in_fan_out, weights_of
 
 ROWS = [[5, 17, 200, 31, 8, 90, 41], [7, 300, 12, 12, 64]]
 
@@ -46,7 +46,7 @@ def write_random(out: Path, base: Path, targets="all-linear", **settings) -> Pat
     """A folder with such an adapter, as `lora` writes it."""
     adapter = random_adapter(base, targets, **settings)
     adapter = replace(adapter, config=replace(adapter.config, base_model_name_or_path=str(base)))
-    save_adapter(adapter, out, transposed=any(storage_of(m).transposed for m in linears(load(base)).values()))
+    save_adapter(adapter, out, transposed=fan_in_fan_out(weights_of(load(base)).values()))
     return out
 
 

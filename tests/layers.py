@@ -1,8 +1,10 @@
 """Frozen layers of every storage, and adapters of every variant: the table over which the laws are tested."""
 
 from collections.abc import Callable
+from math import prod
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_cli.lora.config import LoRAConfig
@@ -64,13 +66,33 @@ def _linear8bit(W: Tensor, bias: Tensor) -> nn.Module:
     return layer.to("cpu")
 
 
+def _embedding(W: Tensor, bias: Tensor) -> nn.Module:
+    return nn.Embedding.from_pretrained(W.T.contiguous())
+
+
+def _convolution(kind: type, kernel: tuple[int, ...], **settings) -> Callable[[Tensor, Tensor], nn.Module]:
+    """With IN weights for each of OUT channels."""
+
+    def make(W: Tensor, bias: Tensor) -> nn.Module:
+        layer = kind(IN // prod(kernel), OUT, kernel, **settings)
+        layer.weight.data, layer.bias.data = W.view(layer.weight.shape), bias
+        return layer
+
+    return make
+
+
 # By the class name of the row in `lora_cli/lora/weights.py`
 MAKERS: dict[str, Callable[[Tensor, Tensor], nn.Module]] = {
     "Linear": _linear,
     "Conv1D": _conv1d,
     "Linear4bit": _linear4bit,
     "Linear8bitLt": _linear8bit,
+    "Embedding": _embedding,
+    "Conv1d": _convolution(nn.Conv1d, (4,), stride=2, padding=1),
+    "Conv2d": _convolution(nn.Conv2d, (2, 2), stride=(2, 1), padding=(0, 1), dilation=2),
+    "Conv3d": _convolution(nn.Conv3d, (2, 1, 2), padding="same", padding_mode="circular"),
 }
+CONVOLUTIONS = {"Conv1d": (9,), "Conv2d": (6, 5), "Conv3d": (3, 2, 4)}  # and the sides of what they see
 
 
 def frozen(storage: str, *, dtype: torch.dtype = torch.float32) -> Holder:
@@ -110,8 +132,25 @@ def randomize(model: nn.Module, *, size: float = 0.3, seed: int = 11) -> None:
                 layer.magnitude.mul_(0.5 + torch.rand(layer.magnitude.shape, generator=generator))
 
 
-def inputs(*, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(5, 3, IN, generator=torch.Generator().manual_seed(5)).to(dtype)
+def inputs(storage: str = "Linear", *, dtype: torch.dtype = torch.float32) -> Tensor:
+    """What a layer of this storage takes."""
+    generator = torch.Generator().manual_seed(5)
+    if storage == "Embedding":
+        return torch.randint(IN, (5, 3), generator=generator)
+    if storage in CONVOLUTIONS:
+        channels = frozen(storage).proj.in_channels
+        return torch.randn(2, channels, *CONVOLUTIONS[storage], generator=generator).to(dtype)
+    return torch.randn(5, 3, IN, generator=generator).to(dtype)
+
+
+def acting(storage: str, W: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    """What a layer of this storage gives for x if its dense weight is W [out, in]."""
+    if storage == "Embedding":
+        return F.embedding(x, W.T)
+    if storage not in CONVOLUTIONS:
+        return F.linear(x, W, bias)
+    layer = frozen(storage).proj.float()
+    return layer._conv_forward(x, W.unflatten(1, layer.weight.shape[1:]), bias)
 
 
 def relative_difference(found: Tensor, expected: Tensor) -> float:

@@ -3,7 +3,7 @@
 Needs torch and transformers, and seconds; `shapes.py` answers where neither is asked for.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -13,7 +13,7 @@ from lora_cli.budget.shapes import Config, Linear, ModelShape
 from lora_cli.errors import ModelError, Problem, first_line
 from lora_cli.lora.inject import linears
 from lora_cli.lora.targets import choose_whole, inside
-from lora_cli.lora.weights import storage_of
+from lora_cli.lora.weights import Weight, storage_of
 from lora_cli.lora.whole import check_whole
 from lora_cli.models.heads import Head, new_modules
 from lora_cli.models.load import head_paths, without_weights
@@ -50,6 +50,11 @@ def whole_of(model: nn.Module, paths: Sequence[str]) -> list[Whole]:
     """The modules at `paths`, counted; before anything is wrapped, those are new that can be trained."""
     modules = ((path, list(model.get_submodule(path).parameters())) for path in paths)
     return [Whole(path, sum(p.numel() for p in own), any(p.requires_grad for p in own)) for path, own in modules]
+
+
+def counted(weights: Mapping[str, Weight]) -> list[Linear]:
+    """Weights that get an adapter, as a budget counts them."""
+    return [Linear(path, *weight.shape[::-1], copies=weight.count or 1) for path, weight in weights.items()]
 
 
 def shape_of_modules(model: "PreTrainedModel") -> ModelShape:

@@ -86,7 +86,9 @@ def budget_of(
     adapted: Sequence[Linear], base_parameters: int, config: LoRAConfig, whole: Sequence[Whole] = ()
 ) -> Budget:
     """The budget of an adapter over the linears `adapted`, which `config` gives a rank each, and of what is trained whole."""
-    kinds = Counter(_kind(linear, config) for linear in adapted)
+    kinds: Counter[Kind] = Counter()
+    for linear in adapted:
+        kinds[_kind(linear, config)] += linear.copies
     rows = tuple(
         Row(*kind, count=count, each=_each(kind, config), frozen=_frozen(kind, config)) for kind, count in kinds.items()
     )

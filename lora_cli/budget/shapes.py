@@ -25,10 +25,11 @@ class Linear:
     out_features: int
     bias: bool = False
     tied: bool = False
+    copies: int = 1  # how many such matrices the weight is: one for each expert
 
     @property
     def weights(self) -> int:
-        return 0 if self.tied else self.in_features * self.out_features
+        return 0 if self.tied else self.in_features * self.out_features * self.copies
 
     @property
     def parameters(self) -> int:

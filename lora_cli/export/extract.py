@@ -16,19 +16,19 @@ from torch import Tensor
 from lora_cli.errors import DivergedError, ModelError, Problem
 from lora_cli.export.adapter_folder import Made, made_by, write_adapter
 from lora_cli.export.files import DTYPES, read_weight
-from lora_cli.export.names import FLOATS, Place, names_in_files, place_of
+from lora_cli.export.names import FLOATS, Files, Parts
 from lora_cli.export.staging import refuse_output
-from lora_cli.lora.adapter import Adapter, Factors
-from lora_cli.lora.algebra import Fit, plain_config
+from lora_cli.lora.adapter import Adapter, Factors, forms_of, paths_of
+from lora_cli.lora.algebra import Fit, evened, plain_config
 from lora_cli.lora.base_files import StoredTensor, fingerprint, stored_tensors
-from lora_cli.lora.config import LoRAConfig
-from lora_cli.lora.inject import generator_for, linears
+from lora_cli.lora.config import LoRAConfig, of_expert
+from lora_cli.lora.inject import generator_for, names_of_targets
 from lora_cli.lora.svd import SVD, distance, of_dense, of_dense_by_energy
-from lora_cli.lora.targets import ALL_LINEAR, choose_targets, shortest_suffixes
-from lora_cli.lora.weights import storage_of
+from lora_cli.lora.targets import ALL_LINEAR, choose_targets
+from lora_cli.lora.weights import Weight, fan_in_fan_out
 from lora_cli.models.base import Base
 from lora_cli.models.identity import tokenizer_identity
-from lora_cli.models.load import head_paths, load_tokenizer, skeleton
+from lora_cli.models.load import by_name_alone, load_tokenizer, skeleton
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -56,21 +56,27 @@ class _Model:
     """A model folder: its modules without weights, and where each parameter lies in its files."""
 
     folder: Path
-    modules: "PreTrainedModel"
-    stored: Mapping[str, StoredTensor]
-    names: Mapping[str, str]
+    files: Files
 
     @classmethod
     def of(cls, folder: Path) -> "_Model":
-        modules, stored = skeleton(folder), stored_tensors(folder)
-        return cls(folder, modules, stored, names_in_files(modules, stored))
+        return cls(folder, Files.of(skeleton(folder), stored_tensors(folder)))
 
-    def place(self, path: str) -> Place | None:
-        transposed = storage_of(linears(self.modules)[path]).transposed
-        return place_of(self.modules, f"{path}.weight", self.names, transposed=transposed, own_names=False)
+    @property
+    def modules(self) -> "PreTrainedModel":
+        return self.files.model
 
-    def read(self, place: Place) -> Tensor:
-        return read_weight(self.stored[place.tensor], transposed=place.transposed).float()
+    @property
+    def stored(self) -> Mapping[str, StoredTensor]:
+        return self.files.stored
+
+    @property
+    def names(self) -> Mapping[str, str]:
+        return self.files.names
+
+    @property
+    def weights(self) -> Mapping[str, Weight]:
+        return self.files.weights
 
 
 def extract(
@@ -90,13 +96,14 @@ def extract(
     refuse_output(out)
     before, after = _Model.of(base.folder), _Model.of(tuned.folder)
     _check_one_architecture(before, after)
-    chosen = choose_targets(targets, list(linears(before.modules)), head=head_paths(before.modules))
+    targeted = choose_targets(targets, list(before.weights), head=by_name_alone(before.modules))
+    chosen = [path for target in targeted for path in paths_of(target, before.weights[target])]
     pairs = _pairs(before, after, chosen)
     layers: dict[str, Factors] = {}
     fits: dict[str, Fit] = {}
     for path, (first, second) in pairs.items():
         progress(path)
-        update = after.read(second) - before.read(first)
+        update = after.files.read(second) - before.files.read(first)
         _check_finite(update, path, tuned)
         if not update.any():
             continue
@@ -107,10 +114,22 @@ def extract(
     left_out = _left_out(before, after, pairs, progress)
     if not layers:
         raise ModelError(_nothing(left_out, tuned))
+    layers = evened(layers | _unchanged_experts(layers, before.weights))
     adapter = _adapter(before, base, tuned, layers, r=r, energy=energy)
-    transposed = any(pairs[path][0].transposed for path in layers)
+    transposed = fan_in_fan_out(before.weights[of_expert(path)[0]] for path in layers)
     written = write_adapter(adapter, out, tokenizer=_tokenizer(tuned), transposed=transposed)
-    return Extracted(Made(adapter, written, fits), left_out, len(chosen) - len(layers))
+    return Extracted(Made(adapter, written, fits), left_out, len(chosen) - len(fits))
+
+
+def _unchanged_experts(layers: Mapping[str, Factors], weights: Mapping[str, Weight]) -> dict[str, Factors]:
+    """Experts that are the same in both models, as updates of nothing: PEFT's format has all experts of a parameter."""
+    changed = {of_expert(path)[0] for path in layers if of_expert(path)[1] is not None}
+    found = {}
+    for parameter in changed:
+        out_features, in_features = weights[parameter].shape
+        nothing = Factors(torch.zeros(1, in_features), torch.zeros(out_features, 1))
+        found |= {path: nothing for path in paths_of(parameter, weights[parameter]) if path not in layers}
+    return found
 
 
 def _check_one_architecture(before: _Model, after: _Model) -> None:
@@ -125,13 +144,12 @@ def _check_one_architecture(before: _Model, after: _Model) -> None:
         )
 
 
-def _pairs(before: _Model, after: _Model, chosen: Sequence[str]) -> dict[str, tuple[Place, Place]]:
+def _pairs(before: _Model, after: _Model, chosen: Sequence[str]) -> dict[str, tuple[Parts, Parts]]:
     """The places of each chosen weight in both models. Raises ModelError for what is missing, quantised or reshaped."""
-    present = linears(after.modules)
     pairs, problems = {}, []
     for path in chosen:
-        first = before.place(path)
-        second = after.place(path) if path in present else None
+        first = before.files.parts_of(path)
+        second = after.files.parts_of(path) if of_expert(path)[0] in after.weights else ()
         if problem := _mismatch(path, before, first, after, second):
             problems.append(problem)
         else:
@@ -141,14 +159,15 @@ def _pairs(before: _Model, after: _Model, chosen: Sequence[str]) -> dict[str, tu
     return pairs
 
 
-def _mismatch(path: str, before: _Model, first: Place | None, after: _Model, second: Place | None) -> Problem | None:
+def _mismatch(path: str, before: _Model, first: Parts, after: _Model, second: Parts) -> Problem | None:
     fix = "give the base that the model was tuned from with `--base`, both unquantised"
-    for model, place in ((before, first), (after, second)):
-        if place is None:
+    for model, parts in ((before, first), (after, second)):
+        if not parts:
             return Problem(f"the files hold no weight for {path} as one tensor", where=str(model.folder), fix=fix)
-        if (dtype := model.stored[place.tensor].dtype) not in FLOATS:
-            return Problem(f"{place.tensor} is quantised on disk, as {dtype}", where=str(model.folder), fix=fix)
-    shapes = [model.stored[place.tensor].shape for model, place in ((before, first), (after, second))]
+        for part in parts:
+            if (dtype := model.stored[part.tensor].dtype) not in FLOATS:
+                return Problem(f"{part.tensor} is quantised on disk, as {dtype}", where=str(model.folder), fix=fix)
+    shapes = [model.weights[of_expert(path)[0]].shape for model in (before, after)]
     if shapes[0] == shapes[1]:
         return None
     what = f"{path} is {list(shapes[0])} in the base and {list(shapes[1])} in the tuned model"
@@ -163,10 +182,12 @@ def _decomposed(update: Tensor, path: str, r: int | None, energy: float | None) 
 
 
 def _left_out(
-    before: _Model, after: _Model, pairs: Mapping[str, tuple[Place, Place]], progress: Callable[[str], None]
+    before: _Model, after: _Model, pairs: Mapping[str, tuple[Parts, Parts]], progress: Callable[[str], None]
 ) -> tuple[LeftOut, ...]:
     """Whatever else differs between the two models' files. Two names of one tied tensor are one."""
-    held = {f"{path}.weight" for path in pairs}
+    experts = {path: both for path, both in pairs.items() if of_expert(path)[1] is not None}
+    held = {f"{path}.weight" for path in pairs} | {of_expert(path)[0] for path in experts}
+    held |= {part.tensor for both in experts.values() for parts in both for part in parts}
     found = []
     for name, (first, second) in _counterparts(before, after, held).items():
         progress(name)
@@ -187,7 +208,7 @@ def _counterparts(before: _Model, after: _Model, held: Collection[str]) -> dict[
             found.setdefault(pair, name)
     mapped = {*before.names.values(), *after.names.values()}
     for name in dict.fromkeys([*before.stored, *after.stored]):
-        if name not in mapped:
+        if name not in mapped and name not in held:
             found[tuple(name if name in model.stored else None for model in (before, after))] = name
     return {name: pair for pair, name in found.items() if pair != (None, None)}
 
@@ -212,14 +233,24 @@ def _bytes(tensor: StoredTensor) -> bytes:
 
 def _adapter(before: _Model, base: Base, tuned: Base, layers: Mapping[str, Factors], **how: object) -> Adapter:
     ranks = {path: len(factors.A) for path, factors in layers.items()}
-    targets = shortest_suffixes(list(layers), [name for name, _ in before.modules.named_modules()])
+    adapted = list(dict.fromkeys(of_expert(path)[0] for path in layers))
+    targets, parameters = names_of_targets(before.modules, adapted)
     like = LoRAConfig(
-        r=1, lora_alpha=1, target_modules=targets, base_model_name_or_path=base.name, revision=base.revision
+        r=1,
+        lora_alpha=1,
+        target_modules=targets,
+        target_parameters=parameters,
+        base_model_name_or_path=base.name,
+        revision=base.revision,
     )
     folder = _tokenizer(tuned)
     tokenizer = tokenizer_identity(load_tokenizer(folder, writes=False)) if folder else None
     adapter = Adapter(
-        plain_config(ranks, like=like, targets=targets), layers, fingerprint(base.folder), tokenizer=tokenizer
+        plain_config(ranks, like=like, targets=targets),
+        layers,
+        fingerprint(base.folder),
+        tokenizer=tokenizer,
+        forms=forms_of({path: before.weights[path] for path in adapted}),
     )
     tuned_is = {"name": Path(tuned.name).name, "fingerprint": fingerprint(tuned.folder).short}
     return made_by("extract", adapter, [tuned_is], **{key: value for key, value in how.items() if value})

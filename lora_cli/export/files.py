@@ -7,7 +7,7 @@ Memory holds one tensor, whatever the size of a shard: a safetensors file's head
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -36,22 +36,22 @@ TOKENIZER_FILES = (
 OTHER_FILES = ("generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*")
 
 Edit = Callable[[Tensor, torch.dtype], Tensor]
-"""(weight [out, in] as stored, dtype to store in) -> the new weight in that dtype."""
+"""(weight [out, in] as stored, of experts [experts, out, in], dtype to store in) -> the new weight in that dtype."""
 Progress = Callable[[int, int], None]
 """(bytes done, bytes in all)"""
 
 
 @dataclass(frozen=True)
 class Change:
-    """What becomes of one stored tensor: `edit` makes the weight called `name`; None leaves the tensor out.
-
-    With `kept` the old weight stays too, under that name (the embedding, when a tied head gets a weight of its own).
-    """
+    """A tensor that is written for a stored one: the weight that `edit` makes of it, or the same again, under `name`."""
 
     name: str
-    edit: Edit | None
+    edit: Edit | None = None
     transposed: bool = False
-    kept: str | None = None
+
+
+Changes = Mapping[str, Sequence[Change]]
+"""What becomes of stored tensors, by name: several (the embedding, and the head that was tied to it), or nothing."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class _Piece:
 def rewrite_weights(
     folder: Path,
     out: Path,
-    changes: Mapping[str, Change],
+    changes: Changes,
     *,
     added: Mapping[str, Tensor] = MappingProxyType({}),
     dtype: torch.dtype | None = None,
@@ -135,7 +135,7 @@ def write_config(
 
 def planned_bytes(
     folder: Path,
-    changes: Mapping[str, Change],
+    changes: Changes,
     dtype: torch.dtype | None = None,
     added: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> int:
@@ -173,14 +173,12 @@ def _check_written(file: Path, pieces: list["_Piece"]) -> None:
         raise OSError(f"what was written lacks {sorted(missing)[0]}")
 
 
-def _pieces(name: str, tensor: StoredTensor, changes: Mapping[str, Change], dtype: torch.dtype | None) -> list[_Piece]:
+def _pieces(name: str, tensor: StoredTensor, changes: Changes, dtype: torch.dtype | None) -> list[_Piece]:
     stored = DTYPE_NAMES[dtype] if dtype is not None and tensor.dtype in DTYPES else tensor.dtype
-    if name not in changes:
-        return [_Piece(name, tensor, stored)]
-    change = changes[name]
-    kept = [_Piece(change.kept, tensor, stored)] if change.kept else []
-    new = [_Piece(change.name, tensor, stored, change.edit, change.transposed)] if change.edit else []
-    return kept + new
+    return [
+        _Piece(change.name, tensor, stored, change.edit, change.transposed)
+        for change in changes.get(name, (Change(name),))
+    ]
 
 
 def _new_pieces(added: Mapping[str, Tensor], folder: Path, dtype: torch.dtype | None) -> list[_Piece]:
@@ -207,7 +205,7 @@ def _bytes(piece: _Piece, source: BinaryIO) -> Iterator[memoryview | bytes]:
     dtype = DTYPES[piece.dtype]
     new = weight.to(dtype) if piece.edit is None else piece.edit(weight, dtype)
     _check_finite(piece, weight, new)
-    new = new.T if piece.transposed else new
+    new = new.mT if piece.transposed else new
     return iter([_memory(new)])
 
 
@@ -233,7 +231,7 @@ def _read(tensor: StoredTensor, source: BinaryIO, transposed: bool) -> Tensor:
         raise ModelError(_cut_off(tensor))
     dtype = DTYPES[tensor.dtype]
     weight = torch.frombuffer(data, dtype=dtype).view(tensor.shape) if data else torch.empty(tensor.shape, dtype=dtype)
-    return weight.T if transposed else weight
+    return weight.mT if transposed else weight
 
 
 def _check_finite(piece: _Piece, old: Tensor, new: Tensor) -> None:

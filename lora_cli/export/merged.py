@@ -6,7 +6,7 @@ that is gets measured while writing, for the dtype written and for the others it
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from math import isinf, sqrt
@@ -20,6 +20,7 @@ from lora_cli.errors import ModelError, Problem
 from lora_cli.export.files import (
     DTYPES,
     Change,
+    Changes,
     Progress,
     copy_side_files,
     dtype_name,
@@ -28,7 +29,7 @@ from lora_cli.export.files import (
     row_blocks,
     write_config,
 )
-from lora_cli.export.names import Others, Place, others, places
+from lora_cli.export.names import Others, Place, matrix_at, others, places
 from lora_cli.export.proof import Proof
 from lora_cli.export.staging import need_space, refuse_output, staged
 from lora_cli.limits import read_json
@@ -134,10 +135,11 @@ def merge(
     differences = adapter.check_base(found, base_folder, allow=allow_base_mismatch)
     where, beside = places(base_folder, adapter), others(base_folder, adapter)
     tally = Tally()
-    low_rank = {place.tensor: _change(place, adapter, tally) for place in where.values()}
-    changes = _changes(beside, adapter, tally) | low_rank
+    low_rank = [place for parts in where.values() for place in parts]
+    edit = partial(_merged, adapter=adapter, tally=tally)
+    changes = _changes(beside, adapter, tally) | changes_of(low_rank, edit)
     added = {name: tensor for name, tensor in _extras(adapter).items() if name in beside.new}
-    written = [*where.values(), *beside.placed.values()]
+    written = [*low_rank, *beside.placed.values()]
     untied = tuple(place.updated for place in written if place.kept)
     tied = False if any(place.tied for place in written) else None
     with staged(out, beside=base_folder) as draft:
@@ -149,9 +151,9 @@ def merge(
             out=out,
             base=base_name or adapter.config.base_model_name_or_path or base_folder.name,
             adapter_sha256=adapter.digest(),
-            tensors=len(written) + len(added),
+            tensors=len({place.updated for place in written}) + len(added),
             bytes=size,
-            dtypes=_dtypes(draft, where),
+            dtypes=_dtypes(draft, low_rank),
             lost=tally.written.lost,
             unmoved_share=tally.written.unmoved_share,
             lost_by_dtype={dtype_name(d): rounding.lost for d, rounding in tally.by_dtype.items()},
@@ -161,7 +163,7 @@ def merge(
             proof=prove(draft) if prove else None,
             whole=tuple(adapter.extras),
         )
-        _write_record(draft, report, found, merge_record(base_folder))
+        _write_record(draft, report, found, merge_record(base_folder), _kept(written, changes))
         _write_card(draft, report)
     if tied is False:
         log.warning("the head was tied to the embedding; it has a weight of its own now, and the config says so")
@@ -202,23 +204,37 @@ def refuse_second_merge(base_folder: Path, adapter: Adapter) -> None:
         )
 
 
-def _change(place: Place, adapter: Adapter, tally: Tally) -> Change:
-    factors, scale = adapter.layers[place.path], adapter.config.at(place.path).scale
-    edit = partial(_merged, factors=factors, scale=scale, tally=tally)
-    return Change(place.updated, edit, place.transposed, place.kept)
+def changes_of(places: Iterable[Place], edit: Callable[..., Tensor]) -> dict[str, tuple[Change, ...]]:
+    """What becomes of the tensors at these places, which `edit` is given as `parts`, one tensor's together.
+
+    What was tied to a weight that changes is written beside it as it was, unless it changes too.
+    """
+    groups: dict[str, dict[str, list[Place]]] = {}
+    for place in places:
+        groups.setdefault(place.tensor, {}).setdefault(place.updated, []).append(place)
+    changes = {}
+    for tensor, outputs in groups.items():
+        kept = {part.kept for parts in outputs.values() for part in parts} - {None, *outputs}
+        edited = [Change(name, partial(edit, parts=parts), parts[0].transposed) for name, parts in outputs.items()]
+        changes[tensor] = (*map(Change, sorted(kept)), *edited)
+    return changes
 
 
-def _changes(beside: Others, adapter: Adapter, tally: Tally) -> dict[str, Change]:
+def _changes(beside: Others, adapter: Adapter, tally: Tally) -> dict[str, tuple[Change, ...]]:
     """What becomes of the tensors that no LoRA layer changes."""
     extras = _extras(adapter)
-    replaced = {
-        place.tensor: Change(
-            place.updated, partial(_replaced, exact=extras[name], tally=tally), place.transposed, place.kept
-        )
-        for name, place in beside.placed.items()
-    }
-    moved = {file: Change(name, None, kept=name) for file, name in beside.renamed.items()}
-    return moved | {file: Change(file, None) for file in beside.left_out} | replaced
+    replaced = {}
+    for name, place in beside.placed.items():
+        replaced |= changes_of([place], partial(_replaced, exact=extras[name], tally=tally))
+    moved = {file: (Change(name),) for file, name in beside.renamed.items()}
+    return moved | dict.fromkeys(beside.left_out, ()) | replaced
+
+
+def _kept(written: Iterable[Place], changes: Changes) -> dict[str, dict[str, str]]:
+    """Of weights that were tied, by the name of the one that has changed: what the other is called that has not, and
+    which of both names the base has."""
+    names = {change.name for made in changes.values() for change in made if change.edit is None}
+    return {place.updated: {"as": place.kept, "from": place.tensor} for place in written if place.kept in names}
 
 
 def _extras(adapter: Adapter) -> dict[str, Tensor]:
@@ -226,7 +242,7 @@ def _extras(adapter: Adapter) -> dict[str, Tensor]:
     return {f"{path}.{name}": tensor for path, state in adapter.extras.items() for name, tensor in state.items()}
 
 
-def _replaced(W: Tensor, dtype: torch.dtype, *, exact: Tensor, tally: Tally) -> Tensor:
+def _replaced(W: Tensor, dtype: torch.dtype, *, parts: Sequence[Place], exact: Tensor, tally: Tally) -> Tensor:
     for rows in row_blocks(W):
         tally.add(W[rows], exact[rows], dtype)
     return exact.to(dtype)
@@ -243,12 +259,15 @@ def _classifier(adapter: Adapter, base: Path, draft: Path) -> dict[str, object]:
     return architecture(skeleton(base, head), head.labels) | padding
 
 
-def _merged(W: Tensor, dtype: torch.dtype, *, factors: Factors, scale: float, tally: Tally) -> Tensor:
-    new = torch.empty(W.shape, dtype=dtype)
-    for rows in row_blocks(W):
-        exact = rows_of(factors, rows).merge_into(W[rows], scale)
-        new[rows] = exact.to(dtype)
-        tally.add(W[rows], exact, dtype)
+def _merged(W: Tensor, dtype: torch.dtype, *, parts: Sequence[Place], adapter: Adapter, tally: Tally) -> Tensor:
+    new = W.to(dtype, copy=True)
+    for part in parts:
+        factors, scale = rows_of(adapter.layers[part.path], part.rows), adapter.config.at(part.path).scale
+        old, merged = matrix_at(W, part), matrix_at(new, part)
+        for rows in row_blocks(old):
+            exact = rows_of(factors, rows).merge_into(old[rows], scale)
+            merged[rows] = exact.to(dtype)
+            tally.add(old[rows], exact, dtype)
     return new
 
 
@@ -261,17 +280,22 @@ def _squared_norm(tensor: Tensor) -> float:
     return float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
 
 
-def _dtypes(folder: Path, where: Mapping[str, Place]) -> tuple[str, ...]:
+def _dtypes(folder: Path, places: Iterable[Place]) -> tuple[str, ...]:
     stored = stored_tensors(folder)
-    return tuple(sorted({dtype_name(DTYPES[stored[place.updated].dtype]) for place in where.values()}))
+    return tuple(sorted({dtype_name(DTYPES[stored[place.updated].dtype]) for place in places}))
 
 
-def _write_record(folder: Path, report: MergeReport, base: Fingerprint, before: dict) -> None:
+def _write_record(
+    folder: Path, report: MergeReport, base: Fingerprint, before: dict, kept: Mapping[str, Mapping[str, str]]
+) -> None:
     figures = {key: value for key, value in report.as_dict().items() if key not in ("out", "base", "adapter_sha256")}
     record = {
         "lora": __version__,
         "base": {"name": report.base, "fingerprint": json.loads(base.to_json())},
-        "adapters": [*before["adapters"], {"sha256": report.adapter_sha256, "untied": list(report.untied)}],
+        "adapters": [
+            *before["adapters"],
+            {"sha256": report.adapter_sha256, "untied": list(report.untied), "kept": kept},
+        ],
         "allow_base_mismatch": list(report.base_differences),
         "report": figures,
     }

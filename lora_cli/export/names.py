@@ -2,26 +2,34 @@
 
     h.0.attn.c_attn.weight  ->  transformer.h.0.attn.c_attn       (GPT-2 on the hub was saved without its head)
     model.embed_tokens.weight  ->  lm_head                        (tied: one tensor for two modules)
+    mlp.experts.7.gate_proj.weight  ->  rows of expert 7 of mlp.experts.gate_up_proj
 
 transformers' own loading rules translate, so what is found here is what `from_pretrained` will load.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor
+
 from lora_cli.errors import ModelError, Problem
+from lora_cli.export.files import read_weight
 from lora_cli.lora.adapter import Adapter
 from lora_cli.lora.base_files import StoredTensor, stored_tensors
-from lora_cli.lora.inject import linears
-from lora_cli.lora.weights import storage_of
+from lora_cli.lora.config import of_expert
+from lora_cli.lora.weights import Weight, weights_of
 from lora_cli.models.heads import head_of, may_be_new
 from lora_cli.models.load import skeleton
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+# What transformers does with the tensors of experts: one on the other, and what leads into an expert side by side
+STACKED = ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)])
 FLOATS = ("F32", "F16", "BF16", "F64")
 
 
@@ -30,7 +38,8 @@ class Place:
     """Where a module's weight stands in the files.
 
     `tensor` is read; the new weight is written as `updated`. A weight tied to another module's is written beside the
-    other's, which stays under the name `kept`.
+    other's, which stays under the name `kept`. Of a weight that is several tensors this is one, with some `rows` of it;
+    of a tensor that is the weights of several experts it is the `number`th.
     """
 
     path: str
@@ -39,26 +48,78 @@ class Place:
     updated: str
     kept: str | None = None
     tied: bool = False
+    rows: slice = field(default_factory=lambda: slice(None))
+    number: int | None = None
 
 
-def places(folder: Path, adapter: Adapter) -> dict[str, Place]:
-    """The place of each module that the adapter changes. Raises ModelError for what has none, or another shape."""
+Parts = tuple[Place, ...]
+"""The places of one weight, in the order of its rows."""
+
+
+def places(folder: Path, adapter: Adapter) -> dict[str, Parts]:
+    """The places of each weight that the adapter changes. Raises ModelError for what has none, or another shape."""
     head = head_of(adapter)
     model = skeleton(folder, head)
     adapter.check_fits(model)
     stored = stored_tensors(folder)
-    names = names_in_files(model, stored)
+    files = Files.of(model, stored)
     problems, found = [], {}
     for path in adapter.layers:
-        transposed = storage_of(linears(model)[path]).transposed
-        place = place_of(model, f"{path}.weight", names, transposed=transposed, own_names=head is not None)
-        if place is None or (problem := _misfit(adapter, place, stored[place.tensor])):
-            problems.append(_missing(path, folder) if place is None else problem)
+        parts = files.parts_of(path, own_names=head is not None)
+        if problem := _misfit(adapter, path, parts, stored) if parts else _missing(path, folder):
+            problems.append(problem)
         else:
-            found[path] = place
+            found[path] = parts
     if problems:
         raise ModelError(*problems[:3])
     return found
+
+
+@dataclass(frozen=True)
+class Files:
+    """Which tensors of a folder become which weights of a model: `names` as they are, `experts` on the way."""
+
+    model: "PreTrainedModel"
+    weights: Mapping[str, Weight]
+    stored: Mapping[str, StoredTensor]
+    names: Mapping[str, str]
+    experts: Mapping[str, list[list[str]]]
+
+    @classmethod
+    def of(cls, model: "PreTrainedModel", stored: Mapping[str, StoredTensor]) -> "Files":
+        return cls(model, weights_of(model), stored, names_in_files(model, stored), _experts_in_files(model, stored))
+
+    def parts_of(self, path: str, *, own_names: bool = False) -> Parts:
+        """The places of the weight at `path`; none where the files hold it in a form that is not known here."""
+        parameter, expert = of_expert(path)
+        weight = self.weights[parameter]
+        if expert is None:
+            name = f"{path}.{weight.parameter}"
+            place = place_of(self.model, name, self.names, transposed=weight.transposed, own_names=own_names)
+            return (place,) if place else ()
+        if parameter in self.names:
+            tensor = self.names[parameter]
+            return (Place(path, tensor, weight.transposed, parameter if own_names else tensor, number=expert),)
+        parts, first = [], 0
+        for tensor in (names[expert] for names in self.experts.get(parameter, ()) if expert < len(names)):
+            last = first + self.stored[tensor].shape[0]
+            parts.append(Place(path, tensor, False, tensor, rows=slice(first, last)))
+            first = last
+        return tuple(parts)
+
+    def read(self, parts: Parts) -> Tensor:
+        """[out, in] float32, one weight."""
+        return read_parts(self.stored, parts)
+
+
+def read_parts(stored: Mapping[str, StoredTensor], parts: Parts) -> Tensor:
+    """[out, in] float32: the weight that stands in these places."""
+    return torch.cat([matrix_at(read_weight(stored[p.tensor], transposed=p.transposed), p).float() for p in parts])
+
+
+def matrix_at(tensor: Tensor, part: Place) -> Tensor:
+    """[rows, in]: the part itself, a view of the tensor that holds it, which is [out, in] or [experts, out, in]."""
+    return (tensor if part.number is None else tensor[part.number]).flatten(1)
 
 
 @dataclass(frozen=True)
@@ -103,6 +164,45 @@ def _converted(model: "PreTrainedModel", stored: Iterable[str]) -> set[str]:
     return {name for name, _, converted in _loaded_as(model, stored) if converted}
 
 
+def _experts_in_files(model: "PreTrainedModel", stored: Iterable[str]) -> dict[str, list[list[str]]]:
+    """Parameter -> the names of its tensors, expert by expert, for each of the weights that are put one upon the other.
+
+    Only what is stacked, and then joined by rows, is known here: no expert is turned or taken apart on the way.
+    """
+    converters = {
+        pattern: converter
+        for converter in conversions(model)
+        if [(type(step).__name__, step.dim) for step in converter.operations] in STACKED
+        for pattern in converter.source_patterns
+    }
+    found: dict[str, dict[str, list[str]]] = {}
+    for name, parameter, pattern in _loaded_as(model, stored):
+        if pattern in converters:
+            order = dict.fromkeys(converters[pattern].source_patterns)
+            found.setdefault(parameter, {key: [] for key in order})[pattern].append(name)
+    return {parameter: [sorted(names, key=_natural) for names in parts.values()] for parameter, parts in found.items()}
+
+
+def _natural(name: str) -> list[int]:
+    """experts.2 before experts.10."""
+    return [int(part) for part in name.split(".") if part.isdigit()]
+
+
+def conversions(model: "PreTrainedModel") -> list:
+    """transformers' rules for tensors that become part of another one as a model is loaded."""
+    return _rules(model)[1]
+
+
+def _rules(model: "PreTrainedModel") -> tuple[list, list]:
+    """(renamings, conversions)"""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
+
+    rules = get_model_conversion_mapping(model)
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    return [rule for rule in rules if not isinstance(rule, WeightConverter)], converters
+
+
 def names_in_files(model: "PreTrainedModel", stored: Iterable[str]) -> dict[str, str]:
     """Parameter name -> name in the files, for every tensor that is loaded as it is (experts are fused on the way)."""
     known = model.state_dict()
@@ -111,20 +211,17 @@ def names_in_files(model: "PreTrainedModel", stored: Iterable[str]) -> dict[str,
     }
 
 
-def _loaded_as(model: "PreTrainedModel", stored: Iterable[str]) -> Iterator[tuple[str, str, bool]]:
-    """(name in the files, name in the model, whether it is converted on the way)"""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, rename_source_key
+def _loaded_as(model: "PreTrainedModel", stored: Iterable[str]) -> Iterator[tuple[str, str, str | None]]:
+    """(name in the files, name in the model, the pattern of the conversion on the way if there is one)"""
+    from transformers.core_model_loading import rename_source_key
 
-    rules = get_model_conversion_mapping(model)
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    renamings = [rule for rule in rules if not isinstance(rule, WeightConverter)]
+    renamings, converters = _rules(model)
     known = model.state_dict()
     for name in stored:
-        renamed, converter = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
+        renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
         if renamed not in known and name in known:
-            renamed, converter = name, None
-        yield name, renamed, converter is not None
+            renamed, pattern = name, None
+        yield name, renamed, pattern
 
 
 def place_of(
@@ -155,22 +252,31 @@ def _tied_with(model: "PreTrainedModel", own: str) -> list[str]:
     return [name for name in group if name != own] if len(group) > 1 else []
 
 
-def _misfit(adapter: Adapter, place: Place, stored: StoredTensor) -> Problem | None:
-    factors = adapter.layers[place.path]
+def _misfit(adapter: Adapter, path: str, parts: Parts, stored: Mapping[str, StoredTensor]) -> Problem | None:
+    factors = adapter.layers[path]
     shape = (factors.B.shape[0], factors.A.shape[1])
-    if stored.dtype not in FLOATS:
-        return Problem(
-            f"the base is quantised on disk: {place.tensor} is stored as {stored.dtype}",
-            where=str(stored.file),
-            fix="give the original 16-bit model as `--base`: merging into few bits would lose most of the update",
-        )
-    if stored.shape != (shape[::-1] if place.transposed else shape):
-        return Problem(
-            f"{place.tensor} is {list(stored.shape)} in the files, and the adapter changes a weight of {list(shape)}",
-            where=str(stored.file),
-            fix="give the base it was trained on with `--base`",
-        )
-    return None
+    tensors = [stored[part.tensor] for part in parts]
+    for part, tensor in zip(parts, tensors, strict=True):
+        if tensor.dtype not in FLOATS:
+            return Problem(
+                f"the base is quantised on disk: {part.tensor} is stored as {tensor.dtype}",
+                where=str(tensor.file),
+                fix="give the original 16-bit model as `--base`: merging into few bits would lose most of the update",
+            )
+    if all(fits(part, tensor.shape, shape) for part, tensor in zip(parts, tensors, strict=True)):
+        return None
+    return Problem(
+        f"{parts[0].tensor} is {list(tensors[0].shape)} in the files, and the adapter changes a weight of {list(shape)}",
+        where=str(tensors[0].file),
+        fix="give the base it was trained on with `--base`",
+    )
+
+
+def fits(part: Place, stored: tuple[int, ...], shape: tuple[int, int]) -> bool:
+    """Whether a tensor of the files is the part of a weight [out, in] that it should be."""
+    matrix = stored if part.number is None else stored[1:]
+    matrix = matrix[::-1] if part.transposed else (matrix[0], prod(matrix[1:]))
+    return matrix == (len(range(shape[0])[part.rows]), shape[1])
 
 
 def _missing(path: str, folder: Path) -> Problem:

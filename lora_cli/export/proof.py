@@ -18,18 +18,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_cli.errors import DataError, ModelError, OutOfMemoryError, Problem
 from lora_cli.export.files import DTYPES, dtype_name
 from lora_cli.export.names import others, places
-from lora_cli.lora.adapter import Adapter, Factors
+from lora_cli.lora.adapter import Adapter, Factors, paths_of
 from lora_cli.lora.base_files import stored_tensors
-from lora_cli.lora.inject import disabled, generator_for, linears, lora_layers
-from lora_cli.lora.layer import LoRALinear
+from lora_cli.lora.config import of_expert
+from lora_cli.lora.inject import disabled, generator_for, linears, lora_layers, remove
+from lora_cli.lora.layer import LoRALayer, LoRAModule
 from lora_cli.lora.switch import switched
-from lora_cli.lora.weights import dense, storage_of
+from lora_cli.lora.weights import CONVOLUTION, EMBEDDING, Weight, storage_of
 from lora_cli.lora.whole import whole_modules
 from lora_cli.models.base import Base
 from lora_cli.models.gguf import load_gguf
@@ -319,7 +319,8 @@ def _stored_dtypes(merged: Path, base: Path, adapter: Adapter) -> dict[str, torc
     if len(dtypes) == 1:
         return DTYPES[dtypes.pop()]
     stored, written = stored_tensors(base), stored_tensors(merged)
-    own = {path: DTYPES[stored[place.tensor].dtype] for path, place in places(base, adapter).items()}
+    where = places(base, adapter).items()
+    own = {of_expert(path)[0]: DTYPES[stored[parts[0].tensor].dtype] for path, parts in where}
     beside = others(base, adapter)
     whole = {name: place.updated for name, place in beside.placed.items()} | {name: name for name in beside.new}
     return own | {name: DTYPES[written[file].dtype] for name, file in whole.items()}
@@ -332,14 +333,9 @@ def _fold(model: nn.Module, adapter: Adapter, stored: dict[str, torch.dtype] | t
     In place.
     """
     for path, layer in lora_layers(model).items():
-        weight = _on(layer.lora_A.device, adapter.layers[path]).merge_into(dense(layer.base), layer.scale)
+        weight = _merged(path, layer, adapter)
         _check_same(path, layer, weight)
-        transposed = storage_of(layer.base).transposed
-        rounded = weight.to(stored[path] if isinstance(stored, dict) else stored).to(layer.base.weight.dtype)
-        # A new parameter: the old one may be tied to the embedding
-        layer.base.weight = nn.Parameter((rounded.T if transposed else rounded).contiguous(), requires_grad=False)
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, layer.base)
+        _set(layer.frozen, weight, stored[path] if isinstance(stored, dict) else stored)
     for path, module in whole_modules(model).items():
         for name, trained in list(module.trained.named_parameters()):
             dtype = stored[f"{path}.{name}"] if isinstance(stored, dict) else stored
@@ -347,8 +343,7 @@ def _fold(model: nn.Module, adapter: Adapter, stored: dict[str, torch.dtype] | t
             holder = module.base.get_submodule(inner)
             rounded = trained.to(dtype).to(holder.get_parameter(last).dtype)
             setattr(holder, last, nn.Parameter(rounded, requires_grad=False))
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, module.base)
+    remove(model)
     if not isinstance(stored, dict):
         for parameter in model.parameters():
             parameter.copy_(parameter.to(stored))
@@ -365,16 +360,37 @@ def _round(model: nn.Module, rounded: Callable[[Tensor], Tensor]) -> None:
             parameter.copy_(rounded(parameter))
 
 
+def _merged(path: str, layer: LoRALayer, adapter: Adapter) -> Tensor:
+    """[..., out, in] float32."""
+    W, device = layer.dense(), layer.lora_A.device
+    if path in adapter.layers:
+        return _on(device, adapter.layers[path]).merge_into(W, layer.scale)
+    experts = zip(paths_of(path, layer.frozen), W, strict=True)
+    return torch.stack([_on(device, adapter.layers[name]).merge_into(matrix, layer.scale) for name, matrix in experts])
+
+
+def _set(weight: Weight, merged: Tensor, stored: torch.dtype) -> None:
+    """Give a module its new weight, rounded as it is stored. A new parameter: the old one may be tied to the embedding."""
+    old = weight.tensor
+    new = merged.to(stored).to(old.dtype)
+    new = (new.mT if weight.transposed else new).reshape(old.shape)
+    setattr(weight.module, weight.parameter, nn.Parameter(new.contiguous(), requires_grad=False))
+
+
 def _on(device: torch.device, factors: Factors) -> Factors:
     magnitude = None if factors.magnitude is None else factors.magnitude.to(device)
     return Factors(factors.A.to(device), factors.B.to(device), magnitude)
 
 
-def _check_same(path: str, layer: LoRALinear, weight: Tensor) -> None:
-    """The weight must act on random inputs as the layer does, in float32."""
-    x = torch.randn(4, weight.shape[1], generator=generator_for(0, path)).to(weight.device)
-    expected = copy.deepcopy(layer).float()(x)
-    found = F.linear(x, weight, None if layer.bias is None else layer.bias.float())
+def _check_same(path: str, layer: LoRALayer, weight: Tensor) -> None:
+    """The weight must act on random inputs as the layer does, in float32. Experts are compared where the model answers."""
+    if not isinstance(layer, LoRAModule):
+        return
+    x = _probe(layer.frozen, path).to(weight.device)
+    alone = copy.deepcopy(layer).float()
+    expected = alone(x)
+    _set(alone.frozen, weight, torch.float32)
+    found = alone.base(x)
     if not _largest(found - expected) <= NOISE * _largest(expected):
         raise ModelError(
             Problem(
@@ -382,6 +398,17 @@ def _check_same(path: str, layer: LoRALinear, weight: Tensor) -> None:
                 fix="use base and adapter side by side, and report this; nothing was written",
             )
         )
+
+
+def _probe(weight: Weight, path: str) -> Tensor:
+    """Something that a module takes: vectors, ids, or a picture somewhat larger than the kernel."""
+    generator = generator_for(0, path)
+    if weight.kind == EMBEDDING:
+        return torch.randint(weight.shape[1], (4,), generator=generator)
+    if weight.kind == CONVOLUTION:
+        sides = (2 * size for size in weight.kernel)
+        return torch.randn(1, weight.module.in_channels, *sides, generator=generator)
+    return torch.randn(4, weight.shape[1], generator=generator)
 
 
 def _failed(difference: float, allowed: float, what: str = "the merged model") -> Problem:

@@ -5,7 +5,7 @@ each weight, at most half a unit in the last place of the merged weight, and hal
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from math import frexp
@@ -17,22 +17,22 @@ from torch import Tensor
 from lora_cli.errors import ModelError, Problem
 from lora_cli.export.files import (
     Change,
+    Changes,
     Progress,
     copy_side_files,
     planned_bytes,
-    read_weight,
     rewrite_weights,
     row_blocks,
     write_config,
 )
-from lora_cli.export.merged import RECORD, merge_record, rows_of
-from lora_cli.export.names import Place, places
+from lora_cli.export.merged import RECORD, changes_of, merge_record, rows_of
+from lora_cli.export.names import Parts, Place, matrix_at, places, read_parts
 from lora_cli.export.staging import need_space, refuse_output, staged
 from lora_cli.lora.adapter import Adapter, Factors
 from lora_cli.lora.base_files import StoredTensor, stored_tensors
 
-Original = tuple[StoredTensor, bool]
-"""The base's own weight, and whether it is stored [in, out]."""
+Original = tuple[Mapping[str, StoredTensor], Parts]
+"""The tensors of the base, and the places of a weight in them."""
 
 
 @dataclass
@@ -89,14 +89,13 @@ def unmerge(
     refuse_output(out, merged_folder)
     entry, others = _entry(merged_folder, adapter)
     where = places(merged_folder, adapter)
-    originals = _originals(base, adapter)
-    retied = set(entry["untied"]) if entry and not others else set()
-    distances = {path: Distance() for path in where if where[path].updated not in retied}
-    roundings = 1 + len(others)
-    changes = {
-        place.tensor: _change(place, adapter, originals.get(place.path), distances.get(place.path), roundings)
-        for place in where.values()
-    }
+    retied = _retied(entry, where) if not others else {}
+    found = {path: parts for path, parts in where.items() if not any(part.updated in retied for part in parts)}
+    distances = {path: Distance() for path in found}
+    taking_off = partial(
+        _unmerged, adapter=adapter, originals=_originals(base, adapter), distances=distances, roundings=1 + len(others)
+    )
+    changes = retied | changes_of((part for parts in found.values() for part in parts), taking_off)
     with staged(out, beside=merged_folder) as draft:
         need_space(draft, planned_bytes(merged_folder, changes, dtype))
         size = rewrite_weights(merged_folder, draft, changes, dtype=dtype, progress=progress)
@@ -107,42 +106,51 @@ def unmerge(
     return _report(out, size, distances, measured=base is not None, recorded=entry is not None)
 
 
-def _change(
-    place: Place,
-    adapter: Adapter,
-    original: Original | None,
-    distance: Distance | None,
-    roundings: int,
-) -> Change:
-    if distance is None:  # the head gets its tie back: its own weight goes
-        return Change(place.updated, None)
-    factors, scale = adapter.layers[place.path], adapter.config.at(place.path).scale
-    edit = partial(_unmerged, factors=factors, scale=scale, original=original, distance=distance, roundings=roundings)
-    return Change(place.updated, edit, place.transposed, place.kept)
+def _retied(entry: dict | None, where: Mapping[str, Parts]) -> Changes:
+    """What becomes of weights that the merge untied: the one that has changed goes, and the other is both of them again.
+
+    Where both have changed, none of them is the base's any more, and they stay two.
+    """
+    if entry is None:
+        return {}
+    changes: dict[str, tuple[Change, ...]] = {}
+    updated = {part.updated for parts in where.values() for part in parts}
+    kept = entry.get("kept", dict.fromkeys(entry["untied"]))  # older records know heads alone
+    for name in updated & set(kept):
+        changes[name] = ()
+        if kept[name] and kept[name]["from"] == name:
+            changes[kept[name]["as"]] = (Change(name),)
+    return changes
 
 
 def _unmerged(
     M: Tensor,
     dtype: torch.dtype,
     *,
-    factors: Factors,
-    scale: float,
-    original: Original | None,
-    distance: Distance,
+    parts: Sequence[Place],
+    adapter: Adapter,
+    originals: Mapping[str, Original],
+    distances: Mapping[str, Distance],
     roundings: int,
 ) -> Tensor:
-    W = torch.empty(M.shape, dtype=dtype)
-    for rows in row_blocks(M):
-        W[rows] = rows_of(factors, rows).merge_into(M[rows], -scale).to(dtype)
-    distance.weights = W.numel()
-    distance.possible = (
-        roundings * _half_unit(M, M.dtype) + _half_unit(W, dtype) + _float32_noise(M, factors, scale, roundings)
-    )
-    if original is not None:
-        base = read_weight(original[0], transposed=original[1])
-        for rows in row_blocks(W):
-            distance.add(W[rows], base[rows])
+    W = M.to(dtype, copy=True)
+    for part in parts:
+        _take_off(part, matrix_at(M, part), matrix_at(W, part), adapter, distances[part.path], roundings)
+        if part.path in originals:
+            base = read_parts(*originals[part.path])[part.rows]
+            for rows in row_blocks(base):
+                distances[part.path].add(matrix_at(W, part)[rows], base[rows])
     return W
+
+
+def _take_off(part: Place, M: Tensor, W: Tensor, adapter: Adapter, distance: Distance, roundings: int) -> None:
+    """W = M − scale · B A, in place, and how far that may be from what was there before the merge."""
+    factors, scale = rows_of(adapter.layers[part.path], part.rows), adapter.config.at(part.path).scale
+    for rows in row_blocks(M):
+        W[rows] = rows_of(factors, rows).merge_into(M[rows], -scale).to(W.dtype)
+    distance.weights += W.numel()
+    possible = roundings * _half_unit(M, M.dtype) + _half_unit(W, W.dtype)
+    distance.possible = max(distance.possible, possible + _float32_noise(M, factors, scale, roundings))
 
 
 def _half_unit(weight: Tensor, dtype: torch.dtype) -> float:
@@ -164,7 +172,7 @@ def _originals(base: Path | None, adapter: Adapter) -> Mapping[str, Original]:
     if base is None:
         return {}
     stored = stored_tensors(base)
-    return {path: (stored[place.tensor], place.transposed) for path, place in places(base, adapter).items()}
+    return {path: (stored, parts) for path, parts in places(base, adapter).items()}
 
 
 def _entry(folder: Path, adapter: Adapter) -> tuple[dict | None, list[dict]]:

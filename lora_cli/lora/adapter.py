@@ -1,8 +1,9 @@
 """An adapter is a value: a config, the low-rank factors of each layer, and what is trained whole, apart from any model."""
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count, takewhile
 from pathlib import Path
 
 import torch
@@ -10,12 +11,12 @@ from torch import Tensor, nn
 
 from lora_cli.errors import DivergedError, ModelError, Problem
 from lora_cli.lora.base_files import Fingerprint
-from lora_cli.lora.config import LoRAConfig
+from lora_cli.lora.config import LoRAConfig, of_expert
 from lora_cli.lora.identity import TokenizerFingerprint
-from lora_cli.lora.inject import linears, lora_layers, wrap
-from lora_cli.lora.layer import merged_weight
+from lora_cli.lora.inject import lora_layers, wrap
+from lora_cli.lora.layer import LoRALayer, merged_weight
 from lora_cli.lora.shards import gathered
-from lora_cli.lora.weights import storage_of
+from lora_cli.lora.weights import CONVOLUTION, EMBEDDING, Weight, weights_of
 from lora_cli.lora.whole import State, whole_modules
 
 
@@ -47,8 +48,17 @@ class Factors:
 
 
 @dataclass(frozen=True)
+class Form:
+    """What PEFT's file must know of a weight that is no linear layer's: its kind, and the sides of a kernel."""
+
+    kind: str
+    kernel: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class Adapter:
-    """`layers` holds the factors by the path of the module they belong to, float32, on the CPU.
+    """`layers` holds the factors by the path of the module they belong to, float32, on the CPU. Experts that share a
+    parameter have a path each (see `of_expert`), and one rank. `forms` says what of it is no linear layer's.
 
     `extras` holds the parameters of the modules that are trained whole, by the module's path; `labels` are those of a
     classifier, in the order of its head's outputs.
@@ -63,6 +73,7 @@ class Adapter:
     labels: tuple[str, ...] = ()
     tokenizer: TokenizerFingerprint | None = None
     origin: Mapping[str, object] | None = None
+    forms: Mapping[str, Form] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -79,10 +90,18 @@ class Adapter:
         Of a model in shards all processes make it together, and each gets the whole.
         """
         found = lora_layers(model)
-        layers = {path: _factors(layer) for path, layer in found.items()}
+        layers = {name: factors for path, layer in found.items() for name, factors in _of_layer(path, layer)}
         started = any(layer.start_A is not None for layer in found.values())
         extras = {path: module.state() for path, module in whole_modules(model).items()}
-        return cls(config.with_rank_times(2) if started else config, layers, base, extras, tuple(labels), tokenizer)
+        return cls(
+            config.with_rank_times(2) if started else config,
+            layers,
+            base,
+            extras,
+            tuple(labels),
+            tokenizer,
+            forms=forms_of({path: layer.frozen for path, layer in found.items()}),
+        )
 
     @property
     def parameters(self) -> int:
@@ -95,20 +114,28 @@ class Adapter:
     def inject_into(self, model: nn.Module) -> None:
         """Put this adapter's layers into a model that has none. Raises ModelError for modules that don't fit."""
         self.check_fits(model)
-        wrap(model, replace(self.config, lora_dropout=0.0), list(self.layers), whole=list(self.extras))
+        paths = list(dict.fromkeys(of_expert(path)[0] for path in self.layers))
+        wrap(model, replace(self.config, lora_dropout=0.0), paths, whole=list(self.extras))
         self.copy_into(model)
 
     def copy_into(self, model: nn.Module) -> None:
         """Copy the factors, and what is trained whole, into layers of the same paths and shapes that are in place."""
         with torch.no_grad():
             for path, layer in lora_layers(model).items():
-                factors = self.layers[path]
+                factors = self.factors_at(path)
                 layer.lora_A.copy_(factors.A)
                 layer.lora_B.copy_(factors.B)
                 if factors.magnitude is not None:
                     layer.magnitude.copy_(factors.magnitude)
         for path, module in whole_modules(model).items():
             module.load(self.extras[path])
+
+    def factors_at(self, path: str) -> Factors:
+        """The factors of a layer; of a parameter with experts, those of all of them, one behind the other."""
+        if path in self.layers:
+            return self.layers[path]
+        experts = [self.layers[name] for name in names_of_experts(path, self.layers)]
+        return Factors(torch.stack([f.A for f in experts]), torch.stack([f.B for f in experts]))
 
     def digest(self) -> str:
         """SHA-256 of what the adapter computes: paths, scales, factors and magnitudes, and what is trained whole."""
@@ -176,10 +203,12 @@ class Adapter:
     def check_fits(self, model: nn.Module) -> None:
         """Raise ModelError for modules that the model lacks or has in another shape, and for an adapter that lacks some
         of the modules that its own config names: a part of its file is not there."""
-        found = linears(model)
+        found = weights_of(model)
         problems = []
         for path, factors in self.layers.items():
-            if path not in found:
+            parameter, expert = of_expert(path)
+            weight = found.get(parameter)
+            if weight is None or (expert is None) != (weight.count is None) or (expert or 0) >= (weight.count or 1):
                 problems.append(
                     Problem(
                         f"the adapter changes {path}, which this base does not have",
@@ -187,11 +216,12 @@ class Adapter:
                     )
                 )
                 continue
-            out_features, in_features = storage_of(found[path]).shape(found[path])
-            if (factors.B.shape[0], factors.A.shape[1]) != (out_features, in_features):
+            shape, form = (factors.B.shape[0], factors.A.shape[1]), form_of(weight)
+            if shape != weight.shape or form != self.forms.get(path):
                 problems.append(
                     Problem(
-                        f"{path} is [{out_features}, {in_features}] in this base, and [{factors.B.shape[0]}, {factors.A.shape[1]}] in the adapter",
+                        f"{path} is {_shown(weight.shape, form)} in this base, and "
+                        f"{_shown(shape, self.forms.get(path))} in the adapter",
                         fix="give the base it was trained on with `--base`",
                     )
                 )
@@ -221,10 +251,15 @@ class Adapter:
         for path, state in self.extras.items():
             yield from ((path, tensor) for tensor in state.values())
 
-    def _missing_layers(self, linears: Mapping[str, nn.Module]) -> list[Problem]:
-        targets = self.config.target_modules
-        lora = [path for path in linears if not f"{path}.".startswith(tuple(f"{whole}." for whole in self.extras))]
-        named = [path for path in lora if any(f".{path}".endswith(f".{target}") for target in targets)]
+    def _missing_layers(self, weights: Mapping[str, Weight]) -> list[Problem]:
+        targets, parameters = self.config.target_modules, self.config.target_parameters
+        endings = tuple(f".{target}" for target in (*targets, *parameters))
+        named = [
+            name
+            for path, weight in weights.items()
+            if f".{path}".endswith(endings) and not f"{path}.".startswith(tuple(f"{whole}." for whole in self.extras))
+            for name in paths_of(path, weight)
+        ]
         missing = [path for path in named if path not in self.layers]
         if not missing:
             return []
@@ -237,10 +272,35 @@ class Adapter:
         ]
 
 
-def _factors(layer: nn.Module) -> Factors:
-    A, B = layer.factors()
-    magnitude = None if layer.magnitude is None else _copy(layer.magnitude)
-    return Factors(_copy(A), _copy(B), magnitude)
+def form_of(weight: Weight) -> Form | None:
+    """None for a matrix: a linear layer, or an expert."""
+    return Form(weight.kind, weight.kernel) if weight.kind in (EMBEDDING, CONVOLUTION) else None
+
+
+def forms_of(weights: Mapping[str, Weight]) -> dict[str, Form]:
+    return {path: form for path, weight in weights.items() if (form := form_of(weight))}
+
+
+def paths_of(path: str, weight: Weight) -> list[str]:
+    """The paths of a weight in an adapter: its own, or one for each of its experts."""
+    return [path] if weight.count is None else [f"{path}[{i}]" for i in range(weight.count)]
+
+
+def names_of_experts(parameter: str, layers: Collection[str]) -> list[str]:
+    """The paths of a parameter's experts, in their order."""
+    return list(takewhile(lambda name: name in layers, (f"{parameter}[{i}]" for i in count())))
+
+
+def _of_layer(path: str, layer: LoRALayer) -> Iterator[tuple[str, Factors]]:
+    A, B = map(_copy, layer.factors())
+    if A.ndim == 3:
+        yield from ((f"{path}[{i}]", Factors(A[i], B[i])) for i in range(len(A)))
+    else:
+        yield path, Factors(A, B, None if layer.magnitude is None else _copy(layer.magnitude))
+
+
+def _shown(shape: tuple[int, int], form: Form | None) -> str:
+    return f"{list(shape)}" + (f" ({form.kind}{' ' + str(list(form.kernel)) if form.kernel else ''})" if form else "")
 
 
 def _copy(tensor: Tensor) -> Tensor:

@@ -11,13 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from lora_cli.errors import ModelError, Problem, RecipeError
 from lora_cli.lora import sparse
 from lora_cli.lora.adapter import Adapter, Factors
 from lora_cli.lora.base_files import Fingerprint
-from lora_cli.lora.config import LoRAConfig
+from lora_cli.lora.config import LoRAConfig, of_expert
 from lora_cli.lora.inject import generator_for
 from lora_cli.lora.svd import SVD, distance, of_dense, of_factors
 from lora_cli.lora.targets import shortest_suffixes
@@ -127,6 +128,7 @@ def truncate(adapter: Adapter, ranks: Mapping[str, int], found: Mapping[str, SVD
         keep = ranks[path] >= len(factors.A)
         layers[path] = weighted_sum([Term(adapter)], path) if keep else whole.factors(ranks[path])
         fits[path] = Fit(whole.norm, 0.0 if keep else whole.error(ranks[path]))
+    layers = evened(layers)
     kept = {path: len(factors.A) for path, factors in layers.items()}
     config = plain_config(kept, like=adapter.config, targets=adapter.config.target_modules)
     return replace(adapter, config=config, layers=layers), fits
@@ -134,6 +136,7 @@ def truncate(adapter: Adapter, ranks: Mapping[str, int], found: Mapping[str, SVD
 
 def plain_config(ranks: Mapping[str, int], *, like: LoRAConfig, targets: Sequence[str]) -> LoRAConfig:
     """A config of scale 1 for modules of these ranks: the commonest is `r`, the others are patterns."""
+    ranks = {of_expert(path)[0]: rank for path, rank in ranks.items()}
     counts = Counter(ranks.values())
     r = max(counts, key=lambda rank: (counts[rank], rank), default=1)
     pattern: dict[str, int] = {}
@@ -153,6 +156,22 @@ def plain_config(ranks: Mapping[str, int], *, like: LoRAConfig, targets: Sequenc
         rank_pattern=pattern,
         alpha_pattern={name: float(rank) for name, rank in pattern.items()},
     )
+
+
+def evened(layers: Mapping[str, Factors]) -> dict[str, Factors]:
+    """The same updates, with one rank for all experts of a parameter, as PEFT's format has them: zeros beside the others."""
+    ranks: dict[str, int] = {}
+    for path, factors in layers.items():
+        parameter = of_expert(path)[0]
+        ranks[parameter] = max(ranks.get(parameter, 0), len(factors.A))
+    return {path: _padded(factors, ranks[of_expert(path)[0]]) for path, factors in layers.items()}
+
+
+def _padded(factors: Factors, r: int) -> Factors:
+    more = r - len(factors.A)
+    if not more:
+        return factors
+    return replace(factors, A=F.pad(factors.A, (0, 0, 0, more)), B=F.pad(factors.B, (0, more)))
 
 
 def refuse_dora(adapter: Adapter, name: str = "the adapter") -> None:
@@ -203,13 +222,14 @@ def _side_by_side(terms: Sequence[Term], how: How) -> Adapter:
 
 def _of_layers(terms: Sequence[Term], layers: Mapping[str, Factors], targets: Sequence[str]) -> Adapter:
     """The result, with what the one adapter that trains modules whole has of them."""
+    layers, forms = evened(layers), {path: form for term in terms for path, form in term.adapter.forms.items()}
     ranks = {path: len(factors.A) for path, factors in layers.items()}
     config = plain_config(ranks, like=_like(terms), targets=targets)
     holder = next((term.adapter for term in terms if term.adapter.extras), None)
     if holder is None:
-        return Adapter(config, layers, _base(terms))
+        return Adapter(config, layers, _base(terms), forms=forms)
     config = replace(config, modules_to_save=holder.config.modules_to_save)
-    return Adapter(config, layers, _base(terms), holder.extras, holder.labels)
+    return Adapter(config, layers, _base(terms), holder.extras, holder.labels, forms=forms)
 
 
 def _refuse_extras(terms: Sequence[Term]) -> None:
@@ -251,6 +271,7 @@ def _like(terms: Sequence[Term]) -> LoRAConfig:
     task = next((config.task_type for config in configs if config.task_type), None)
     return replace(
         configs[0],
+        target_parameters=_parameters(terms),
         modules_to_save=(),
         base_model_name_or_path=named.base_model_name_or_path,
         revision=named.revision,
@@ -260,6 +281,10 @@ def _like(terms: Sequence[Term]) -> LoRAConfig:
 
 def _targets(terms: Sequence[Term]) -> list[str]:
     return sorted({target for term in terms for target in term.adapter.config.target_modules})
+
+
+def _parameters(terms: Sequence[Term]) -> tuple[str, ...]:
+    return tuple(sorted({target for term in terms for target in term.adapter.config.target_parameters}))
 
 
 def _base(terms: Sequence[Term]) -> Fingerprint | None:

@@ -13,6 +13,7 @@ from typing import TypeVar
 from lora_cli.errors import Problem, SafetyError
 from lora_cli.limits import Exceeded, bounded
 
+OF_EXPERT = re.compile(r"(.+)\[(\d+)\]")
 REPEATS = re.compile(r"[*+?{]")
 MOST_SECONDS = 1  # of processor time to match a pattern with a name
 MOST_BYTES = 1_000_000_000
@@ -44,6 +45,7 @@ class LoRAConfig:
     base_model_name_or_path: str | None = None
     revision: str | None = None
     task_type: str | None = CAUSAL_LM
+    target_parameters: tuple[str, ...] = ()  # endings of the paths of parameters that hold the weights of experts
     modules_to_save: tuple[str, ...] = ()  # endings of the paths of modules that are trained whole
 
     @property
@@ -52,7 +54,8 @@ class LoRAConfig:
         return self.lora_alpha / (sqrt(self.r) if self.use_rslora else self.r)
 
     def at(self, path: str) -> "LoRAConfig":
-        """This config as it holds for the module at `path`: patterns resolved into `r` and `lora_alpha`."""
+        """This config as it holds for the weight at `path`: patterns resolved into `r` and `lora_alpha`."""
+        path, _ = of_expert(path)
         return replace(
             self,
             r=first_match(self.rank_pattern, path, self.r),
@@ -71,6 +74,15 @@ class LoRAConfig:
             rank_pattern={pattern: r * factor for pattern, r in self.rank_pattern.items()},
             alpha_pattern={pattern: alpha * alpha_factor for pattern, alpha in self.alpha_pattern.items()},
         )
+
+
+def of_expert(path: str) -> tuple[str, int | None]:
+    """`mlp.experts.down_proj[3]`, the weight of one expert, is number 3 of the parameter `mlp.experts.down_proj`.
+
+    Of any other path, the path itself and None.
+    """
+    found = OF_EXPERT.fullmatch(path)
+    return (found[1], int(found[2])) if found else (path, None)
 
 
 def matches(pattern: str, path: str) -> bool:

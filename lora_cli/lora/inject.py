@@ -1,6 +1,7 @@
 """Putting LoRA layers into a model, finding them again, and switching them off.
 
-A target is a module path; what is found there decides, through a table, which layer class wraps it.
+A target is the path of a module, or of a parameter that holds the weights of experts; the kind of weight that is found
+there decides, through a table, which layer class goes around it.
 """
 
 import hashlib
@@ -13,22 +14,41 @@ from torch import nn
 
 from lora_cli.errors import ModelError, Problem, RecipeError
 from lora_cli.lora.config import LoRAConfig
+from lora_cli.lora.convolution import LoRAConvolution
+from lora_cli.lora.embedding import LoRAEmbedding
+from lora_cli.lora.experts import LoRAExperts
 from lora_cli.lora.init import Init, kaiming
-from lora_cli.lora.layer import LoRALinear
+from lora_cli.lora.layer import LoRALayer, LoRALinear, LoRAModule
 from lora_cli.lora.shards import local
-from lora_cli.lora.weights import STORAGES, keep_unpacked, storage_of
+from lora_cli.lora.stand_in import stand_ins
+from lora_cli.lora.targets import shortest_suffixes
+from lora_cli.lora.weights import CONVOLUTION, EMBEDDING, EXPERTS, LINEAR, Weight, keep_unpacked, weights_of
 from lora_cli.lora.whole import whole_modules, wrap_whole
 
 log = logging.getLogger(__name__)
 
 HIGH_RANK = 64
 SAMPLED_VALUES = 1024
-LAYERS = {storage.class_name: LoRALinear for storage in STORAGES}
+LAYERS: dict[str, type[LoRAModule]] = {
+    LINEAR: LoRALinear,
+    EMBEDDING: LoRAEmbedding,
+    CONVOLUTION: LoRAConvolution,
+}  # experts are several to a module: see `_put_in`
 
 
 def linears(model: nn.Module) -> dict[str, nn.Module]:
     """Every linear layer that LoRA can wrap, by path, in the model's order."""
-    return {path: module for path, module in model.named_modules() if storage_of(module) is not None}
+    return {path: weight.module for path, weight in weights_of(model).items() if weight.kind == LINEAR}
+
+
+def names_of_targets(model: nn.Module, paths: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """PEFT's `target_modules` and `target_parameters`: the shortest endings that name exactly the weights at `paths`."""
+    modules = [path for path, _ in model.named_modules()]
+    parameters = [path for path, weight in weights_of(model).items() if weight.kind == EXPERTS]
+    return (
+        shortest_suffixes([path for path in paths if path not in parameters], modules),
+        shortest_suffixes([path for path in paths if path in parameters], parameters, least=2),
+    )
 
 
 def inject(
@@ -39,7 +59,7 @@ def inject(
     whole: Sequence[str] = (),
     init: Init = kaiming,
     seed: int = 0,
-) -> dict[str, LoRALinear]:
+) -> dict[str, LoRALayer]:
     """Freeze the model, wrap the modules at `paths`, and train those at `whole` whole; returns the LoRA layers by path.
 
     Each layer's start is a function of (seed, path) alone: the same on every process and for any choice of targets.
@@ -58,31 +78,43 @@ def inject(
 
 def wrap(
     model: nn.Module, config: LoRAConfig, paths: Sequence[str], *, whole: Sequence[str] = ()
-) -> dict[str, LoRALinear]:
+) -> dict[str, LoRALayer]:
     """Freeze the model and wrap the modules at `paths` in layers that do nothing yet: A and B are zero."""
     model.requires_grad_(False)
     keep_unpacked(model)
     wrap_whole(model, whole)
+    found = weights_of(model)
+    if problems := [_no_weight(path, model) for path in paths if path not in found]:
+        raise ModelError(*problems)
     for path in paths:
-        base = model.get_submodule(path)
-        storage = storage_of(base)
-        if storage is None:
-            raise ModelError(_not_linear(path, base))
-        layer = LAYERS[storage.class_name](base, config.at(path))
-        layer.train(base.training)
-        _put(model, path, layer)
+        try:
+            _put_in(model, path, found[path], config.at(path))
+        except ValueError as error:
+            raise ModelError(
+                Problem(f"{path} can't get an adapter: {error}", fix="take it out of `lora.targets`")
+            ) from error
     return lora_layers(model)
+
+
+def _put_in(model: nn.Module, path: str, weight: Weight, config: LoRAConfig) -> None:
+    if weight.kind == EXPERTS:
+        path = path.removesuffix(f".{weight.parameter}")
+        if not isinstance(model.get_submodule(path), LoRAExperts):
+            model.set_submodule(path, LoRAExperts(weight.module).train(weight.module.training))
+        model.get_submodule(path).add(weight, config)
+    else:
+        model.set_submodule(path, LAYERS[weight.kind](weight, config).train(weight.module.training))
 
 
 def remove(model: nn.Module) -> None:
     """Take out again all that an adapter put in: the model is the base it was, its weights the very same tensors."""
-    for path, layer in {**lora_layers(model), **whole_modules(model)}.items():
-        _put(model, path, layer.base)
+    for path, module in stand_ins(model).items():
+        model.set_submodule(path, module.base)
 
 
-def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
-    """The LoRA layers of a model by the path of the module they wrap."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, LoRALinear)}
+def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
+    """The LoRA layers of a model by the path of the weight that they change."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, LoRALayer)}
 
 
 @contextmanager
@@ -123,19 +155,12 @@ def derived_seed(seed: int, *names: object) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def _put(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, module)
-
-
-def _warn_of_ranks(config: LoRAConfig, layers: dict[str, LoRALinear]) -> None:
+def _warn_of_ranks(config: LoRAConfig, layers: dict[str, LoRALayer]) -> None:
     if config.r > HIGH_RANK:
         log.warning(
             "`lora.r` is %d: above %d, more data or more targets usually buy more than more rank", config.r, HIGH_RANK
         )
-    narrow = [
-        path for path, layer in layers.items() if len(layer.lora_A) > min(layer.lora_A.shape[1], len(layer.lora_B))
-    ]
+    narrow = [path for path, layer in layers.items() if layer.r > min(layer.frozen.shape)]
     if narrow:
         log.warning(
             "the rank is above the width of %d layers (%s …): it adds parameters there and nothing else",
@@ -144,8 +169,9 @@ def _warn_of_ranks(config: LoRAConfig, layers: dict[str, LoRALinear]) -> None:
         )
 
 
-def _not_linear(path: str, module: nn.Module) -> Problem:
+def _no_weight(path: str, model: nn.Module) -> Problem:
+    kinds = dict(model.named_modules())
     return Problem(
-        f"{path} is a {type(module).__name__}; an adapter can change {', '.join(LAYERS)}",
-        fix="name linear layers in `lora.targets`, or use `all-linear`",
+        f"{path} is a {type(kinds[path]).__name__}" if path in kinds else f"this model has no {path}",
+        fix="name linear layers, embeddings, convolutions or weights of experts in `lora.targets`, or use `all-linear`",
     )

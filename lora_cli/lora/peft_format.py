@@ -8,7 +8,7 @@ and names that a wrapper has bent are put right with a notice.
 import json
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,10 +19,11 @@ from torch import Tensor
 
 from lora_cli.errors import ModelError, Problem, SafetyError
 from lora_cli.limits import read_json
-from lora_cli.lora.adapter import Adapter, Factors
+from lora_cli.lora.adapter import Adapter, Factors, Form
 from lora_cli.lora.base_files import PICKLES, Fingerprint, read_header, read_metadata
-from lora_cli.lora.config import SEQ_CLS, LoRAConfig
+from lora_cli.lora.config import SEQ_CLS, LoRAConfig, of_expert
 from lora_cli.lora.identity import TokenizerFingerprint
+from lora_cli.lora.weights import CONVOLUTION, EMBEDDING
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ NOT_READ: Mapping[str, tuple] = {
     "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),  # the others change the base's weights
     "bias": ("none",),
     "lora_bias": (False,),
-    "target_parameters": (None, []),
+    "ensure_weight_tying": (False, None),  # one adapter on both sides of a tie
     "trainable_token_indices": (None, [], {}),
     "layer_replication": (None, []),
     "alora_invocation_tokens": (None, []),
@@ -60,6 +61,7 @@ NOT_READ: Mapping[str, tuple] = {
 
 # With these, or a pattern as `target_modules`, names alone don't say which modules are meant: the file's own do.
 CHOOSES_OTHERWISE = ("exclude_modules", "layers_to_transform")
+PARTS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
 # What wrappers put into the names of a module's tensors, wherever they stand
 WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
@@ -112,6 +114,7 @@ MUST_BE: Mapping[str, tuple[Callable[[object], bool], str]] = {
     ),
     "rank_pattern": (lambda value: _are_patterns(value, _is_rank), "patterns with whole numbers above 0"),
     "alpha_pattern": (lambda value: _are_patterns(value, _is_alpha), "patterns with numbers above 0"),
+    "target_parameters": (_are_texts, "a list of texts or null"),
     "modules_to_save": (_are_texts, "a list of texts or null"),
     "use_rslora": (_is_flag, "true or false"),
     "use_dora": (_is_flag, "true or false"),
@@ -170,11 +173,11 @@ def load_adapter(folder: Path) -> Adapter:
     extras = _extras(tensors, config.modules_to_save)
     _check_extras(extras, config, where=file)
     whole = {f"{PREFIX}{path}.{name}" for path, state in extras.items() for name in state}
-    layers = _layers({name: t for name, t in tensors.items() if name not in whole}, config, where=file)
+    layers, forms = _layers({name: t for name, t in tensors.items() if name not in whole}, config, where=file)
     if any(found.get(key) for key in CHOOSES_OTHERWISE) or isinstance(found.get("target_modules"), str):
-        config = replace(config, target_modules=tuple(layers))
+        config = replace(config, target_modules=tuple(path for path in layers if of_expert(path)[1] is None))
     base, tokenizer, origin = _identity(file)
-    adapter = Adapter(config, layers, base, extras, _labels(file, config, extras), tokenizer, origin)
+    adapter = Adapter(config, layers, base, extras, _labels(file, config, extras), tokenizer, origin, forms)
     adapter.check_finite(where=str(file))
     return adapter
 
@@ -193,18 +196,60 @@ def to_tensors(adapter: Adapter) -> dict[str, Tensor]:
     """
     tensors = {}
     for path, factors in adapter.layers.items():
-        tensors[f"{PREFIX}{path}.lora_A.weight"] = factors.A.contiguous()
-        tensors[f"{PREFIX}{path}.lora_B.weight"] = factors.B.contiguous()
-        if factors.magnitude is not None:
-            tensors[f"{PREFIX}{path}.lora_magnitude_vector"] = factors.magnitude.contiguous()
+        if of_expert(path)[1] is None:
+            tensors |= {f"{PREFIX}{path}.{name}": t for name, t in _of_form(factors, adapter.forms.get(path)).items()}
+    for path, parameters in _modules_of_experts(adapter.layers).items():
+        for depth, name in enumerate(reversed(parameters)):
+            tensors |= _of_experts(f"{PREFIX}{path}{'.base_layer' * depth}", adapter.factors_at(f"{path}.{name}"))
     for path, state in adapter.extras.items():
         tensors |= {f"{PREFIX}{path}.{name}": tensor.contiguous() for name, tensor in state.items()}
     return tensors
 
 
+def _of_form(factors: Factors, form: Form | None) -> dict[str, Tensor]:
+    """A layer's tensors in PEFT's shapes."""
+    A, B, magnitude = factors.A, factors.B, factors.magnitude
+    names = ("lora_A.weight", "lora_B.weight")
+    if form is not None and form.kind == EMBEDDING:
+        names = ("lora_embedding_A", "lora_embedding_B")
+    elif form is not None:
+        points = (1,) * len(form.kernel)
+        A, B = A.view(len(A), -1, *form.kernel), B.view(*B.shape, *points)
+        magnitude = None if magnitude is None else magnitude.view(1, -1, *points)
+    found = dict(zip(names, (A.contiguous(), B.contiguous()), strict=True))
+    return found if magnitude is None else found | {"lora_magnitude_vector": magnitude.contiguous()}
+
+
+def _of_experts(name: str, factors: Factors) -> dict[str, Tensor]:
+    """The experts of a parameter in one A [experts · r, in], expert by expert, and one B [out, r · experts], rank by rank."""
+    A, B = factors.A.flatten(0, 1), factors.B.permute(1, 2, 0).flatten(1)
+    return {f"{name}.lora_A.weight": A.contiguous(), f"{name}.lora_B.weight": B.contiguous()}
+
+
+def _modules_of_experts(paths: Iterable[str]) -> dict[str, list[str]]:
+    """The parameters of each module of experts, in the order in which the module has them.
+
+    PEFT puts a wrapper into a wrapper, the first parameter's innermost, and names tensors by how deep they are.
+    """
+    found: dict[str, list[str]] = {}
+    for parameter in dict.fromkeys(of_expert(path)[0] for path in paths if of_expert(path)[1] is not None):
+        module, _, name = parameter.rpartition(".")
+        found.setdefault(module, []).append(name)
+    return {module: in_order_of_use(names) for module, names in found.items()}
+
+
+def in_order_of_use(parameters: Iterable[str]) -> list[str]:
+    """What leads into an expert before what leads out of it: the order in which transformers' experts have them."""
+    return sorted(parameters, key=lambda name: ("down" in name, name))
+
+
 def to_peft(config: LoRAConfig, transposed: bool = False) -> dict:
-    """adapter_config.json. `init_lora_weights` is always true: a loaded adapter must not start again."""
-    return {
+    """adapter_config.json. `init_lora_weights` is always true: a loaded adapter must not start again.
+
+    `target_parameters` stands in it where there are some: older PEFTs don't know the word.
+    """
+    parameters = {"target_parameters": sorted(config.target_parameters)} if config.target_parameters else {}
+    return parameters | {
         "peft_type": "LORA",
         "task_type": config.task_type,
         "base_model_name_or_path": config.base_model_name_or_path,
@@ -267,6 +312,7 @@ def from_peft(found: Mapping, where: Path) -> LoRAConfig:
         base_model_name_or_path=found.get("base_model_name_or_path"),
         revision=found.get("revision"),
         task_type=found.get("task_type"),
+        target_parameters=tuple(found.get("target_parameters") or ()),
         modules_to_save=tuple(found.get("modules_to_save") or ()),
     )
 
@@ -307,7 +353,7 @@ def _plain_name(name: str) -> str:
     for wrapper in WRAPPERS:
         name = name.replace(wrapper, "")
     name = PREFIX + name.removeprefix("module.").removeprefix(PREFIX)
-    return re.sub(r"\.(lora_[AB]|lora_magnitude_vector)\.default(?=\.weight$|$)", r".\1", name)
+    return re.sub(r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector)\.default(?=\.weight$|$)", r".\1", name)
 
 
 def _identity(file: Path) -> tuple[Fingerprint | None, TokenizerFingerprint | None, dict | None]:
@@ -368,12 +414,15 @@ def _labels(file: Path, config: LoRAConfig, extras: Mapping[str, Mapping[str, Te
     return tuple(found)
 
 
-def _layers(tensors: Mapping[str, Tensor], config: LoRAConfig, where: Path) -> dict[str, Factors]:
+def _layers(
+    tensors: Mapping[str, Tensor], config: LoRAConfig, where: Path
+) -> tuple[dict[str, Factors], dict[str, Form]]:
+    """The factors by path, and the forms of those that are no linear layer's."""
     parts: dict[str, dict[str, Tensor]] = {}
     strange = []
     for name, tensor in tensors.items():
         path, _, part = name.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
-        if not name.startswith(PREFIX) or part not in ("lora_A", "lora_B", "lora_magnitude_vector"):
+        if not name.startswith(PREFIX) or part not in PARTS:
             strange.append(name)
         else:
             parts.setdefault(path, {})[part] = tensor.to(torch.float32)
@@ -386,10 +435,67 @@ def _layers(tensors: Mapping[str, Tensor], config: LoRAConfig, where: Path) -> d
         raise ModelError(
             Problem(f"the adapter holds {what}", where=str(where), fix="save it again with PEFT's `save_pretrained`")
         )
-    return {
-        path: _checked_factors(path, found, config.at(path), where)
-        for path, found in sorted(parts.items(), key=_natural)
-    }
+    layers: dict[str, Factors] = {}
+    forms: dict[str, Form] = {}
+    for path, found in sorted(_under_parameters(parts, config, where).items(), key=_natural):
+        plain, form = _plain(found)
+        if path in parts:
+            layers[path] = _checked_factors(path, plain, config.at(path), where)
+        else:
+            layers |= _experts(path, plain, config.at(path).r, where)
+        if form is not None:
+            forms[path] = form
+    return layers, forms
+
+
+def _under_parameters(
+    parts: Mapping[str, dict[str, Tensor]], config: LoRAConfig, where: Path
+) -> dict[str, dict[str, Tensor]]:
+    """The parts of experts under the paths of their parameters instead of PEFT's wrappers."""
+    found, wrappers = {}, {}
+    for path, part in parts.items():
+        module = path.removesuffix(".base_layer" * (len(path.split(".base_layer")) - 1))
+        names = [target.rpartition(".")[2] for target in config.target_parameters if _ends_in(module, target)]
+        if names:
+            wrappers.setdefault(module, (in_order_of_use(names), []))[1].append((path, part))
+        else:
+            found[path] = part
+    for module, (names, wrapped) in wrappers.items():
+        if len(names) != len(wrapped):
+            what = f"{module} has factors for {len(wrapped)} parameters, and {CONFIG} names {', '.join(names)}"
+            fix = "use the config and the weights of one and the same adapter"
+            raise ModelError(Problem(what, where=str(where), fix=fix))
+        innermost_first = sorted(wrapped, key=lambda item: -len(item[0]))
+        found |= {f"{module}.{name}": part for name, (_, part) in zip(names, innermost_first, strict=True)}
+    return found
+
+
+def _ends_in(module: str, target: str) -> bool:
+    """Whether `experts.down_proj` is a parameter of the module at `model.layers.0.mlp.experts`."""
+    return f".{module}".endswith(f".{target.rpartition('.')[0]}")
+
+
+def _plain(found: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Form | None]:
+    """A layer's parts as those of a linear layer, and what it is where it is none."""
+    if "lora_embedding_A" in found or "lora_embedding_B" in found:
+        return {name.replace("_embedding", ""): tensor for name, tensor in found.items()}, Form(EMBEDDING)
+    A = found.get("lora_A")
+    if A is None or A.ndim < 3:
+        return dict(found), None
+    flat = {name: tensor.flatten() if "magnitude" in name else tensor.flatten(1) for name, tensor in found.items()}
+    return flat, Form(CONVOLUTION, tuple(A.shape[2:]))
+
+
+def _experts(path: str, found: Mapping[str, Tensor], r: int, where: Path) -> dict[str, Factors]:
+    """The factors of each expert. Raises ModelError where they are not those of whole experts."""
+    A, B = found.get("lora_A"), found.get("lora_B")
+    if set(found) != {"lora_A", "lora_B"} or A.ndim != 2 or B.ndim != 2 or len(A) % r or len(A) != B.shape[1]:
+        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in sorted(found.items()))
+        what = f"{path} has {shapes}, and {CONFIG} says rank {r} for each of its experts"
+        fix = "use the config and the weights of one and the same adapter"
+        raise ModelError(Problem(what, where=str(where), fix=fix))
+    each = zip(A.unflatten(0, (-1, r)), B.unflatten(1, (r, -1)).permute(2, 0, 1), strict=True)
+    return {f"{path}[{i}]": Factors(A.contiguous(), B.contiguous()) for i, (A, B) in enumerate(each)}
 
 
 def _checked_factors(path: str, found: Mapping[str, Tensor], config: LoRAConfig, where: Path) -> Factors:

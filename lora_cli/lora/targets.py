@@ -145,12 +145,13 @@ def names_to_save(chosen: Collection[str], every_module: Collection[str]) -> tup
     return tuple(sorted(map(name, chosen)))
 
 
-def shortest_suffixes(chosen: Collection[str], every_module: Collection[str]) -> tuple[str, ...]:
-    """The fewest, shortest path endings that name exactly `chosen` among `every_module`: PEFT's `target_modules`."""
+def shortest_suffixes(chosen: Collection[str], every_module: Collection[str], *, least: int = 1) -> tuple[str, ...]:
+    """The fewest, shortest path endings of at least `least` parts that name exactly `chosen` among `every_module`:
+    PEFT's `target_modules`, and its `target_parameters`, which begin with the name of a module."""
     chosen, suffixes = set(chosen), set()
     others = _endings(path for path in every_module if path not in chosen)
     for path in chosen:
-        suffixes.add(next((end for end in _endings_of(path) if end not in others), path))
+        suffixes.add(next((end for end in _endings_of(path)[least - 1 :] if end not in others), path))
     return tuple(sorted(suffixes))
 
 

@@ -1,13 +1,19 @@
 """The dense weight of a frozen layer, whatever it is stored as: one row a storage.
 
+Every weight is a matrix [out, in] here, or several of them: an embedding's is its table turned, a convolution's has a
+column for each input channel and place of its kernel, and experts that share one parameter have a matrix each.
+
 Everything that needs a weight (DoRA's norm, PiSSA, the budget, a merge in memory) asks the row, so every variant works
 on every storage. Rows are found by class name, which keeps transformers and bitsandbytes out of the imports.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from math import prod
 
 from torch import Tensor, nn
+
+LINEAR, EMBEDDING, CONVOLUTION, EXPERTS = "linear", "embedding", "convolution", "experts"
 
 
 @dataclass(frozen=True)
@@ -17,14 +23,75 @@ class Storage:
     class_name: str
     shape: Callable[[nn.Module], tuple[int, int]]
     read: Callable[[nn.Module], Tensor]
-    transposed: bool = False  # the file holds [in, out]: PEFT's fan_in_fan_out
+    kind: str = LINEAR  # which layer class goes around it
+    transposed: bool = False  # the parameter, and the file, hold [in, out]
     quantised: bool = False
 
 
+@dataclass(frozen=True)
+class Weight:
+    """A weight that an adapter can change: `module`'s own, or its `parameter`, which holds `count` matrices."""
+
+    module: nn.Module
+    kind: str
+    shape: tuple[int, int]  # (out, in)
+    transposed: bool = False
+    parameter: str = "weight"
+    count: int | None = None
+
+    @property
+    def tensor(self) -> Tensor:
+        """As it is stored."""
+        return getattr(self.module, self.parameter)
+
+    @property
+    def bias(self) -> Tensor | None:
+        return getattr(self.module, "bias", None)
+
+    @property
+    def numel(self) -> int:
+        """Of the weight that is stored, or that is stored in fewer bits."""
+        return prod(self.shape) * (self.count or 1)
+
+    def dense(self) -> Tensor:
+        """[out, in], of experts [count, out, in]: dequantised if need be; a view of the parameter where that is possible."""
+        if self.kind != EXPERTS:
+            return dense(self.module)
+        return self.tensor.mT if self.transposed else self.tensor
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """Of a convolution: the sizes of its kernel."""
+        return tuple(self.module.kernel_size) if self.kind == CONVOLUTION else ()
+
+
+def weights_of(model: nn.Module) -> dict[str, Weight]:
+    """Every weight that an adapter can change, in the model's order: by the module's path, of experts by the parameter's."""
+    return {path: weight for name, module in model.named_modules() for path, weight in _weights(name, module)}
+
+
+def _weights(path: str, module: nn.Module) -> Iterator[tuple[str, Weight]]:
+    if storage := storage_of(module):
+        yield path, Weight(module, storage.kind, storage.shape(module), storage.transposed)
+    elif "expert" in type(module).__name__.lower():
+        # transformers' own flag for gpt-oss, whose experts are [in, out]
+        transposed = getattr(module, "is_transposed", False)
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim == 3:
+                count, *sides = parameter.shape
+                shape = tuple(sides[::-1] if transposed else sides)
+                yield f"{path}.{name}", Weight(module, EXPERTS, shape, transposed, name, count)
+
+
 def storage_of(layer: nn.Module) -> Storage | None:
-    """The row for a layer, or None when it is no linear layer that we know."""
+    """The row for a layer, or None when it has no weight that we know."""
     names = {cls.__name__ for cls in type(layer).__mro__}
     return next((row for row in STORAGES if row.class_name in names), None)
+
+
+def fan_in_fan_out(weights: Iterable[Weight]) -> bool:
+    """PEFT's word for what GPT-2 has: linear layers whose weight is [in, out]."""
+    return any(weight.transposed and weight.kind == LINEAR for weight in weights)
 
 
 def is_quantised(layer: nn.Module) -> bool:
@@ -36,7 +103,7 @@ def dense(layer: nn.Module) -> Tensor:
     """[out, in]: the layer's weight, dequantised if need be; a view of the parameter where that is possible."""
     storage = storage_of(layer)
     if storage is None:
-        raise ValueError(f"{type(layer).__name__} is no linear layer with a known storage")
+        raise ValueError(f"{type(layer).__name__} has no weight of a known storage")
     return storage.read(layer)
 
 
@@ -53,6 +120,14 @@ def keep_unpacked(model: nn.Module) -> None:
 
 def _features(layer: nn.Module) -> tuple[int, int]:
     return layer.out_features, layer.in_features
+
+
+def _channels(layer: nn.Module) -> tuple[int, int]:
+    return layer.out_channels, layer.in_channels // layer.groups * prod(layer.kernel_size)
+
+
+def _read_kernel(layer: nn.Module) -> Tensor:
+    return layer.weight.flatten(1)
 
 
 def _read_4bit(layer: nn.Module) -> Tensor:
@@ -76,4 +151,14 @@ STORAGES = (
     Storage("Linear8bitLt", _features, _read_8bit, quantised=True),
     Storage("Conv1D", lambda layer: (layer.nf, layer.nx), lambda layer: layer.weight.T, transposed=True),
     Storage("Linear", _features, lambda layer: layer.weight),
+    Storage(
+        "Embedding",
+        lambda layer: (layer.embedding_dim, layer.num_embeddings),
+        lambda layer: layer.weight.T,
+        kind=EMBEDDING,
+        transposed=True,
+    ),
+    Storage("Conv1d", _channels, _read_kernel, kind=CONVOLUTION),
+    Storage("Conv2d", _channels, _read_kernel, kind=CONVOLUTION),
+    Storage("Conv3d", _channels, _read_kernel, kind=CONVOLUTION),
 )

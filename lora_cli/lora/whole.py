@@ -15,12 +15,13 @@ from torch.func import functional_call
 
 from lora_cli.errors import ModelError, Problem
 from lora_cli.lora.shards import gathered, put
+from lora_cli.lora.stand_in import StandIn
 from lora_cli.lora.weights import is_quantised
 
 State = Mapping[str, Tensor]  # parameter name inside the module -> tensor
 
 
-class TrainedWhole(nn.Module):
+class TrainedWhole(StandIn):
     """Takes the place of a module of any kind; never changes or subclasses it."""
 
     def __init__(self, base: nn.Module) -> None:
@@ -46,13 +47,6 @@ class TrainedWhole(nn.Module):
             for name, parameter in self.trained.named_parameters():
                 put(parameter, state[name])
 
-    def __getattr__(self, name: str) -> Any:
-        """What a model reads of the module it had (`num_embeddings`, `weight` …), it reads of the frozen original."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("base"), name)
-
 
 def whole_modules(model: nn.Module) -> dict[str, TrainedWhole]:
     """The modules trained whole, by the path of the module whose place they take."""
@@ -64,8 +58,7 @@ def wrap_whole(model: nn.Module, paths: Sequence[str]) -> None:
     check_whole(model, paths)
     for path in paths:
         base = model.get_submodule(path)
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, TrainedWhole(base).train(base.training))
+        model.set_submodule(path, TrainedWhole(base).train(base.training))
 
 
 def check_whole(model: nn.Module, paths: Sequence[str]) -> None:

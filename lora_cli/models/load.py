@@ -12,6 +12,8 @@ from lora_cli.data.examples import Examples
 from lora_cli.data.types import Example
 from lora_cli.errors import ModelError, Problem, SafetyError, UserError, is_out_of_memory, said
 from lora_cli.lora.base_files import weight_files
+from lora_cli.lora.inject import linears
+from lora_cli.lora.weights import weights_of
 from lora_cli.models.base import Base, refuse_foreign_code
 from lora_cli.models.heads import SUFFIX, Head, configure, head_modules, may_be_new, refuse_encoder, start
 from lora_cli.models.quiet import quiet_transformers
@@ -213,6 +215,11 @@ def head_paths(model: "PreTrainedModel") -> set[str]:
         return {path for path, _ in model.named_modules() if path.partition(".")[0] in own}
     head = model.get_output_embeddings()
     return {path for path, module in model.named_modules() if module is head}
+
+
+def by_name_alone(model: "PreTrainedModel") -> set[str]:
+    """What letters and `all-linear` leave out and an explicit name reaches: heads, and all that is no linear layer."""
+    return head_paths(model) | (set(weights_of(model)) - set(linears(model)))
 
 
 def _auto_class(head: Head | None):

@@ -141,6 +141,7 @@ class LoRA(Block):
         self,
         target_modules: tuple[str, ...] = (),
         *,
+        target_parameters: tuple[str, ...] = (),
         modules_to_save: tuple[str, ...] = (),
         task_type: str = CAUSAL_LM,
         base: str | None = None,
@@ -160,6 +161,7 @@ class LoRA(Block):
             base_model_name_or_path=base,
             revision=revision,
             task_type=task_type,
+            target_parameters=target_parameters,
             modules_to_save=modules_to_save,
         )
 

@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 from torch import nn
 
-from lora_cli.budget.modules import whole_of, whole_paths
+from lora_cli.budget.modules import counted, whole_of, whole_paths
 from lora_cli.budget.params import budget_of
-from lora_cli.budget.shapes import Linear
 from lora_cli.data.chat_template import tokenized
 from lora_cli.data.duplicates import found_in
 from lora_cli.data.examples import Array, Block, Examples
@@ -30,11 +29,10 @@ from lora_cli.data.report import MAX_DROPPED
 from lora_cli.data.sources import label, quote, rows
 from lora_cli.data.types import BadRow, Conversation, Example, Instruction, RowId
 from lora_cli.errors import DataError, ModelError, Problem, RecipeError, SafetyError, StorageError, UserError
-from lora_cli.lora.inject import linears
 from lora_cli.lora.targets import check_patterns, choose_targets
-from lora_cli.lora.weights import storage_of
+from lora_cli.lora.weights import weights_of
 from lora_cli.models.base import Base, resolve_base
-from lora_cli.models.load import check_vocabulary, head_paths, load_tokenizer, skeleton
+from lora_cli.models.load import by_name_alone, check_vocabulary, load_tokenizer, skeleton
 from lora_cli.recipe.reader import LoadedRecipe
 from lora_cli.recipe.schema import Recipe, labels_of, objective_of, share_of, sources_of
 from lora_cli.runs.figures import Figures, figures_of
@@ -142,8 +140,8 @@ def target_paths(recipe: Recipe, model: "PreTrainedModel", whole: Sequence[str] 
     lora = recipe.lora
     paths = choose_targets(
         lora.targets,
-        list(linears(model)),
-        head=head_paths(model),
+        list(weights_of(model)),
+        head=by_name_alone(model),
         exclude=lora.exclude,
         layers=lora.layers,
         whole=whole,
@@ -354,9 +352,9 @@ ERRORS: dict[int, type[UserError]] = {
 
 def adapter_bytes(recipe: Recipe, model: nn.Module, paths: Sequence[str], whole: Sequence[str] = ()) -> int:
     """Of the adapter's file, from the shapes of the modules."""
-    shapes = {path: storage_of(module).shape(module) for path in paths if (module := model.get_submodule(path))}
-    counted = [Linear(path, in_features, out_features) for path, (out_features, in_features) in shapes.items()]
-    return budget_of(counted, 0, recipe.lora.config(), whole_of(model, whole)).adapter_bytes
+    found = weights_of(model)
+    adapted = counted({path: found[path] for path in paths})
+    return budget_of(adapted, 0, recipe.lora.config(), whole_of(model, whole)).adapter_bytes
 
 
 def _made(name: str, make: Callable, faults: list[Finding]):

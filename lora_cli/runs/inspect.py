@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from lora_cli.errors import ModelError
-from lora_cli.export.files import read_weight
-from lora_cli.export.names import places
+from lora_cli.export.names import places, read_parts
 from lora_cli.lora.adapter import Adapter, Factors
 from lora_cli.lora.algebra import Term, shape_problems
 from lora_cli.lora.base_files import fingerprint, stored_tensors
@@ -154,7 +153,7 @@ def mean_overlap(pairs: list[Pair]) -> Tensor:
 def _weights(adapter: Adapter, base: Base, allow: bool) -> Callable[[str], Tensor]:
     adapter.check_base(fingerprint(base.folder), base.folder, allow=allow)
     where, stored = places(base.folder, adapter), stored_tensors(base.folder)
-    return lambda path: read_weight(stored[where[path].tensor], transposed=where[path].transposed).float()
+    return lambda path: read_parts(stored, where[path])
 
 
 def _measured(adapter: Adapter, path: str, W: Tensor | None, find_intruders: bool) -> Module:

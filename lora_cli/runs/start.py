@@ -8,7 +8,7 @@ from torch import nn
 from lora_cli.errors import ModelError, Problem
 from lora_cli.lora.adapter import Adapter
 from lora_cli.lora.base_files import Fingerprint
-from lora_cli.lora.config import LoRAConfig
+from lora_cli.lora.config import LoRAConfig, of_expert
 from lora_cli.lora.inject import lora_layers
 from lora_cli.lora.peft_format import load_adapter
 from lora_cli.lora.whole import whole_modules
@@ -37,7 +37,7 @@ def _misfits(
     adapter: Adapter, model: nn.Module, config: LoRAConfig, labels: tuple[str, ...], where: str
 ) -> Iterator[Problem]:
     """What tells the adapter's shape from the recipe's, each with the key that mends it."""
-    ours, theirs = set(lora_layers(model)), set(adapter.layers)
+    ours, theirs = set(lora_layers(model)), {of_expert(path)[0] for path in adapter.layers}
     what = "`lora.start_from` names an adapter"
     if other := sorted(theirs ^ ours):
         who = "it changes" if other[0] in theirs else "it does not change"

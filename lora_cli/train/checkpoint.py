@@ -27,6 +27,7 @@ from torch.optim import Optimizer
 from lora_cli.durable import draft_of, remove, sync_path, write_synced
 from lora_cli.errors import DivergedError, ModelError, Problem, StorageError
 from lora_cli.lora.adapter import Adapter
+from lora_cli.lora.config import of_expert
 from lora_cli.lora.inject import lora_layers
 from lora_cli.lora.peft_format import CONFIG, WEIGHTS, adapter_files, load_adapter
 from lora_cli.lora.shards import put
@@ -226,16 +227,16 @@ def _aside(folder: Path) -> Path:
 
 def _restore_layers(adapter: Adapter, model: nn.Module) -> None:
     layers = lora_layers(model)
-    if set(layers) != set(adapter.layers):
+    if set(layers) != {of_expert(path)[0] for path in adapter.layers}:
         raise ModelError(_of_another_recipe("layers are not those of this recipe's targets"))
     with torch.no_grad():
         for path, layer in layers.items():
-            factors, r = adapter.layers[path], len(layer.lora_A)
-            layer.begin_at(factors.A[:r], factors.B[:, :r])
-            if len(factors.A) == 2 * r:  # the second half is the start that is taken off
+            factors, r = adapter.factors_at(path), layer.r
+            layer.begin_at(factors.A[..., :r, :], factors.B[..., :r])
+            if factors.A.shape[-2] == 2 * r:  # the second half is the start that is taken off
                 layer.start_A, layer.start_B = (
-                    factors.A[r:].to(layer.lora_A.device),
-                    -factors.B[:, r:].to(layer.lora_A.device),
+                    factors.A[..., r:, :].to(layer.lora_A.device),
+                    -factors.B[..., r:].to(layer.lora_A.device),
                 )
             else:
                 layer.start_A = layer.start_B = None

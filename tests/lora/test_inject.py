@@ -11,8 +11,8 @@ from tiny import tiny_model
 from lora_cli.errors import ModelError, RecipeError
 from lora_cli.lora.config import LoRAConfig
 from lora_cli.lora.init import INITS
-from lora_cli.lora.inject import derived_seed, frozen_digest, generator_for, inject, linears, lora_layers
-from lora_cli.lora.weights import STORAGES, dense, storage_of
+from lora_cli.lora.inject import derived_seed, frozen_digest, generator_for, inject, lora_layers
+from lora_cli.lora.weights import STORAGES, dense, storage_of, weights_of
 
 QV = ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.v_proj"]
 
@@ -114,9 +114,11 @@ def test_a_start_that_the_weight_has_no_directions_for_is_a_recipe_error(init):
         inject(frozen("Linear"), config_of("plain", r=IN + 1), [PATH], init=INITS[init])
 
 
-def test_a_module_that_is_no_linear_layer_is_named():
-    with pytest.raises(ModelError, match=r"model\.embed_tokens is a Embedding; an adapter can change Linear4bit"):
-        inject(tiny_model("llama"), config(), ["model.embed_tokens"])
+def test_a_module_that_no_adapter_can_change_is_named():
+    with pytest.raises(ModelError, match=r"model\.norm is a LlamaRMSNorm") as error:
+        inject(tiny_model("llama"), config(), ["model.norm", "nowhere"])
+
+    assert [problem.what for problem in error.value.problems][1] == "this model has no nowhere"
 
 
 def test_high_ranks_are_warned_of_once(caplog):
@@ -183,13 +185,13 @@ def test_the_dense_weight_is_the_same_before_and_after_the_first_forward(storage
     model = frozen(storage)
     before = dense(model.proj).clone()
 
-    model(inputs())
+    model(inputs(storage))
 
     assert torch.equal(dense(model.proj), before)
 
 
-def test_what_is_no_linear_layer_has_no_storage():
-    assert storage_of(torch.nn.Embedding(3, 4)) is None
-    with pytest.raises(ValueError, match="Embedding is no linear layer with a known storage"):
-        dense(torch.nn.Embedding(3, 4))
-    assert set(linears(Holder(torch.nn.LayerNorm(3)))) == set()
+def test_what_is_no_weight_of_the_table_has_no_storage():
+    assert storage_of(torch.nn.LayerNorm(3)) is None
+    with pytest.raises(ValueError, match="LayerNorm has no weight of a known storage"):
+        dense(torch.nn.LayerNorm(3))
+    assert weights_of(Holder(torch.nn.LayerNorm(3))) == {}

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
-from layers import MAKERS, PATH, VARIANTS, config_of, frozen, inputs, relative_difference, trained, with_adapter
+from layers import MAKERS, PATH, VARIANTS, acting, config_of, frozen, inputs, relative_difference, trained, with_adapter
 from torch import Tensor, nn
 
 from lora_cli.lora.adapter import Adapter
@@ -38,7 +37,7 @@ def test_every_storage_of_the_table_has_a_layer_here():
 @every_variant
 @every_init
 def test_training_starts_at_the_base_model(storage, variant, init):
-    x = inputs()
+    x = inputs(storage)
     base = frozen(storage)(x)
 
     start = with_adapter(storage, variant, init)(x)
@@ -53,7 +52,7 @@ def test_training_starts_at_the_base_model(storage, variant, init):
 @every_variant
 @every_init
 def test_disabled_is_the_base_bit_for_bit_and_enabling_brings_the_adapter_back(storage, variant, init):
-    model, x = trained(storage, variant, init), inputs()
+    model, x = trained(storage, variant, init), inputs(storage)
     adapted = model(x)
 
     with disabled(model):
@@ -77,35 +76,36 @@ def test_disabled_enables_again_after_an_error():
 @every_variant
 @every_init
 def test_the_merged_weight_gives_the_output_of_the_layer(storage, variant, init):
-    model, x = trained(storage, variant, init), inputs()
+    model, x = trained(storage, variant, init), inputs(storage)
     expected = model(x)
 
     adapter = Adapter.of(model, config_of(variant))
-    base = layer_of(model).base
-    merged = adapter.layers[PATH].merge_into(dense(base), adapter.config.at(PATH).scale)
+    frozen_weight = layer_of(model).frozen
+    merged = adapter.layers[PATH].merge_into(frozen_weight.dense(), adapter.config.at(PATH).scale)
 
     assert merged.dtype == torch.float32
-    assert relative_difference(F.linear(x, merged, base.bias), expected) <= tolerance(storage)
+    assert relative_difference(acting(storage, merged, frozen_weight.bias, x), expected) <= tolerance(storage)
 
 
 @every_storage
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if "dora" not in name])
 def test_the_update_is_exact_whatever_the_base_rounds(storage, variant):
-    model, x = trained(storage, variant), inputs()
+    model, x = trained(storage, variant), inputs(storage)
     with disabled(model):
         base = model(x)
 
     A, B = layer_of(model).lora_A, layer_of(model).lora_B
     scale = config_of(variant).at(PATH).scale
 
-    assert relative_difference(model(x) - base, scale * (x @ A.T @ B.T)) <= ROUNDING * 5  # a difference of two outputs
+    update = acting(storage, scale * B @ A, None, x)
+    assert relative_difference(model(x) - base, update) <= ROUNDING * 5  # a difference of two outputs
 
 
 @every_storage
 @every_variant
 @every_init
 def test_saved_and_loaded_into_the_unchanged_base_it_answers_the_same(storage, variant, init, tmp_path):
-    model, x = trained(storage, variant, init), inputs()
+    model, x = trained(storage, variant, init), inputs(storage)
     config = config_of(variant)
 
     save_adapter(Adapter.of(model, config), tmp_path)
@@ -122,7 +122,7 @@ def test_saved_and_loaded_into_the_unchanged_base_it_answers_the_same(storage, v
 @every_variant
 @every_init
 def test_a_training_step_changes_the_factors_and_not_one_bit_of_the_base(storage, variant, init):
-    model, x = with_adapter(storage, variant, init), inputs()
+    model, x = with_adapter(storage, variant, init), inputs(storage)
     layer = layer_of(model)
     model(x)  # LLM.int8 moves its weight at the first forward
     before = {name: tensor.clone() for name, tensor in layer.base.state_dict().items()} | {
@@ -147,34 +147,40 @@ def test_a_training_step_changes_the_factors_and_not_one_bit_of_the_base(storage
 @every_variant
 @every_init
 def test_gradients_are_those_of_the_dense_formula(storage, variant, init):
-    model, x = trained(storage, variant, init), inputs().requires_grad_()
+    model, x = trained(storage, variant, init), inputs(storage)
     layer = layer_of(model)
     direction = torch.randn(model(x).shape, generator=torch.Generator().manual_seed(2))
-    trainable = [p for p in (layer.lora_A, layer.lora_B, layer.magnitude) if p is not None]
+    leaves = [p for p in (layer.lora_A, layer.lora_B, layer.magnitude) if p is not None] + differentiable(x)
 
-    found = torch.autograd.grad((model(x) * direction).sum(), [*trainable, x])
-    expected = torch.autograd.grad((dense_formula(layer, x, config_of(variant)) * direction).sum(), [*trainable, x])
+    found = torch.autograd.grad((model(x) * direction).sum(), leaves)
+    formula = dense_formula(storage, layer, x, config_of(variant))
+    expected = torch.autograd.grad((formula * direction).sum(), leaves)
 
     for mine, formula in zip(found, expected, strict=True):
         assert relative_difference(mine, formula) <= tolerance(storage) * 5  # sums over rows, and quotients
 
 
-def dense_formula(layer, x: Tensor, config) -> Tensor:
+def differentiable(x: Tensor) -> list[Tensor]:
+    """x as a leaf; token ids are none."""
+    return [x.requires_grad_()] if x.is_floating_point() else []
+
+
+def dense_formula(storage: str, layer, x: Tensor, config) -> Tensor:
     """The paper's formulas on a dense weight, from A, B and m alone."""
     scale = config.at(PATH).scale
-    W = dense(layer.base).float() + scale * layer.lora_B @ layer.lora_A
+    W = layer.dense().float() + scale * layer.lora_B @ layer.lora_A
     if layer.start_A is not None:
         W = W - scale * layer.start_B @ layer.start_A
     if layer.magnitude is not None:
         W = layer.magnitude.unsqueeze(1) * W / W.norm(dim=1, keepdim=True).detach()
-    return F.linear(x, W, layer.base.bias)
+    return acting(storage, W, layer.frozen.bias, x)
 
 
 @every_storage
 @every_variant
 @every_init
 def test_over_a_bfloat16_base_the_factors_are_float32_and_the_output_stays_bfloat16(storage, variant, init):
-    x = inputs(dtype=torch.bfloat16)
+    x = inputs(storage, dtype=torch.bfloat16)
     base = frozen(storage, dtype=torch.bfloat16)(x)
 
     model = with_adapter(storage, variant, init, dtype=torch.bfloat16)
@@ -187,14 +193,16 @@ def test_over_a_bfloat16_base_the_factors_are_float32_and_the_output_stays_bfloa
 @every_storage
 @every_variant
 def test_over_a_bfloat16_base_a_trained_layer_is_its_merged_weight_to_rounding(storage, variant):
-    x = inputs(dtype=torch.bfloat16)
+    x = inputs(storage, dtype=torch.bfloat16)
     model = trained(storage, variant, dtype=torch.bfloat16)
 
     adapter = Adapter.of(model, config_of(variant))
-    base = layer_of(model).base
-    merged = adapter.layers[PATH].merge_into(dense(base), adapter.config.at(PATH).scale)
+    weight = layer_of(model).frozen
+    merged = adapter.layers[PATH].merge_into(weight.dense(), adapter.config.at(PATH).scale)
 
-    assert relative_difference(model(x), F.linear(x.float(), merged, base.bias.float())) <= 2e-2  # a few roundings
+    bias = None if weight.bias is None else weight.bias.float()
+    exact = acting(storage, merged, bias, x.float() if x.is_floating_point() else x)
+    assert relative_difference(model(x), exact) <= 2e-2  # a few roundings
 
 
 def test_dora_over_bfloat16_does_not_round_small_gains_away():
@@ -213,12 +221,13 @@ def test_dora_over_bfloat16_does_not_round_small_gains_away():
 @every_storage
 def test_an_evaluation_leaves_the_gradients_as_they_were(storage):
     """On processors with AVX512-BF16, bitsandbytes would repack 4-bit weights in place during the evaluation."""
-    model, x = trained(storage, "plain"), inputs()
+    model, x = trained(storage, "plain"), inputs(storage)
     trainable = [p for p in model.parameters() if p.requires_grad]
 
     def gradients() -> list[Tensor]:
-        leaf = x.clone().requires_grad_()
-        return list(torch.autograd.grad(model.train()(leaf).pow(2).sum(), [*trainable, leaf]))
+        leaf = x.clone()
+        leaves = [*trainable, *differentiable(leaf)]
+        return list(torch.autograd.grad(model.train()(leaf).pow(2).sum(), leaves))
 
     before, weight = gradients(), dense(layer_of(model).base).clone()
     with torch.inference_mode():

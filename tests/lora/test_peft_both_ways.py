@@ -17,7 +17,7 @@ from lora_cli.lora.config import LoRAConfig
 from lora_cli.lora.inject import inject, linears, lora_layers
 from lora_cli.lora.peft_format import load_adapter, save_adapter
 from lora_cli.lora.targets import choose_targets, shortest_suffixes
-from lora_cli.lora.weights import storage_of
+from lora_cli.lora.weights import fan_in_fan_out, weights_of
 from lora_cli.models.base import Base
 from lora_cli.models.load import head_paths, load_model
 
@@ -80,7 +80,7 @@ def read_by_peft(model, folder):
 def test_peft_reads_ours(name, variant, tmp_path):
     model = tiny_model(name)
     base = logits(model)
-    transposed = any(storage_of(module).transposed for module in linears(model).values())
+    transposed = fan_in_fan_out(weights_of(model).values())
     save_adapter(ours(model, variant), tmp_path, transposed=transposed)
 
     peft_model = read_by_peft(tiny_model(name), tmp_path)

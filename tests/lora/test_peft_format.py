@@ -120,7 +120,6 @@ FOREIGN = {
     "bias": "all",
     "lora_bias": True,
     "modules_to_save": ["lm_head"],
-    "target_parameters": ["experts.down_proj"],
     "trainable_token_indices": [1],
     "layer_replication": [[0, 2]],
     "alora_invocation_tokens": [1],
@@ -130,6 +129,7 @@ FOREIGN = {
     "kasa_config": {"beta": 1},
     "velora_config": {"x": 1},
     "monteclora_config": {"x": 1},
+    "ensure_weight_tying": True,
 }
 
 
@@ -254,7 +254,7 @@ def test_a_rank_that_is_not_the_configs_is_told(saved, part):
     [
         "base_model.model.proj.base_layer.weight",
         "base_model.model._orig_mod.proj.lora_C.weight",
-        "base_model.model.embed.lora_embedding_A",
+        "base_model.model.embed.lora_embedding_C",
     ],
 )
 def test_surplus_tensors_are_refused(saved, name):
