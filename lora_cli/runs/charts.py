@@ -81,7 +81,7 @@ def charts_of(history: History) -> list[Chart]:
             curve_lines("tokens a second", "train", history.curve("tokens_per_second")),
             format=compact,
         ),
-        steps("Memory", "peak, GB", [Line("peak", "train", _memory(history))], format=compact),
+        steps("Memory", "GB, the most so far", [Line("peak", "train", _memory(history))], format=compact),
     ]
     return [each for each in found if each]
 
@@ -191,5 +191,5 @@ def _with_dots(name: str, points: Curve) -> list[Line]:
 
 
 def _memory(history: History) -> Curve:
-    """Where steps say how much memory was in use."""
+    """The most that was in use up to each step; less again only where another session has begun."""
     return [(step, peak / 1e9) for step, peak in history.curve("peak_bytes")]

@@ -57,8 +57,8 @@ def _until_step(events: Iterator[Event]) -> Iterator[Event]:
 
 
 def _with_peak(event: Event, before: int) -> Event:
-    """The end tells the peak of the whole run."""
-    return replace(event, peak_bytes=max(event.peak_bytes, before)) if isinstance(event, Finished) else event
+    """The peak of the whole run, which the allocator has forgotten for the measurement."""
+    return replace(event, peak_bytes=max(event.peak_bytes, before)) if isinstance(event, Finished | Step) else event
 
 
 def _predicted(decided: Decision, tensors: Tensors, *, alone: bool) -> int:

@@ -56,6 +56,7 @@ class Step(Event):
     tokens: int  # trained tokens so far, over the whole run
     tokens_per_second: float  # all tokens of this step, trained or read
     seconds: float  # since the run began
+    peak_bytes: int  # the most memory so far in this session: of the device, or of the first process on a CPU
     sources: Mapping[str, float] = field(default_factory=dict)  # the mean loss of each, where there are several
 
 

@@ -164,6 +164,7 @@ def _step(parts: Parts, progress: Progress, rows: Rows, clock: "_Clock") -> Iter
         tokens=progress.tokens,
         tokens_per_second=sum(len(row.input_ids) for row in rows) / (time.perf_counter() - began),
         seconds=progress.seconds,
+        peak_bytes=_peak_bytes(parts.accelerator.device),
         sources=source_losses(sums.metrics, rows, parts.settings.sources),
     )
     if spike:

@@ -49,6 +49,25 @@ def test_the_run_folder_holds_what_the_contract_says(lora, recipe, tmp_path, tin
     assert len(record["data"]["train"]["fingerprint"]) == 64
 
 
+@pytest.mark.parametrize("umask", [0o002, 0o077])
+def test_modes_follow_the_umask(umask, lora, recipe, tmp_path):
+    before = os.umask(umask)
+    try:
+        lora("train", recipe({"training.max_steps": 2, "training.save_steps": 1}))
+        lora("merge", "--adapter", tmp_path / "out")
+    finally:
+        os.umask(before)
+
+    modes = {path: path.stat().st_mode & 0o777 for path in [tmp_path / "out", *(tmp_path / "out").rglob("*")]}
+    assert {path.name for path in modes} >= {
+        "adapter_model.safetensors",
+        "MANIFEST.json",
+        "merged",
+        "model.safetensors",
+    }
+    assert {path: mode for path, mode in modes.items() if mode != (0o777 if path.is_dir() else 0o666) & ~umask} == {}
+
+
 def test_no_file_of_a_run_is_a_pickle(lora, recipe, tmp_path):
     lora("train", recipe({"training.optimizer": "adamw_8bit"}))
 

@@ -10,7 +10,9 @@ from html.parser import HTMLParser
 import pytest
 from running import events, hashes, write_recipe
 
+from lora_cli.runs.charts import charts_of
 from lora_cli.runs.folder import RunFolder
+from lora_cli.runs.history import read_history
 from lora_cli.runs.lock import locked
 from lora_cli.runs.record import OF_MERGE
 from lora_cli.runs.report import tell_merge, write_report
@@ -116,6 +118,12 @@ def test_the_page_asks_for_nothing_and_runs_nothing_but_its_own_script(trained):
     assert not [name for name in names if name.startswith("on")]
     assert not re.search(r"https?://|//\w", page.scripts["style"] + page.scripts["script"].replace("// ", ""))
     assert not {"link", "img", "iframe", "object", "form"} & {tag for tag, _ in page.tags}
+
+
+def test_every_figure_of_a_step_has_its_curve(trained):
+    titles = [chart.title for chart in charts_of(read_history(RunFolder(trained).events))]
+
+    assert titles == ["Loss", "Learning rate", "Gradient norm", "Throughput", "Memory"]
 
 
 def test_the_curves_can_be_read_off(trained):

@@ -214,7 +214,12 @@ def test_a_batch_with_nothing_to_learn_adds_nothing_and_still_has_a_gradient(acc
     assert all(p.grad is not None and not p.grad.any() for p in run.parameters.values())
 
 
-def test_finished_tells_the_peak_memory(accelerator):
-    assert list(Run(accelerator).events(1))[-1].peak_bytes > 2**20
+def test_steps_and_their_end_tell_the_peak_memory(accelerator):
+    events = list(Run(accelerator).events(2))
+
+    peaks = [event.peak_bytes for event in events if isinstance(event, Step | Finished)]
+    assert len(peaks) == 3
+    assert peaks == sorted(peaks)
+    assert peaks[0] > 2**20
     assert isinstance(list(Run(accelerator).events(1))[-1], Finished)
     assert isinstance(list(Run(accelerator).events(1))[-2], Saved)

@@ -16,8 +16,8 @@ from lora_cli.train.trackers import TRACKERS, Tracked, check_trackers, metrics_o
 EVENTS = [
     Evaluated(0, 4.0, 54.6, 100, best=True),
     Sampled(0, {"What?": "That."}),
-    Step(1, 3.5, 1e-4, 0.5, tokens=10, tokens_per_second=100.0, seconds=1.0),
-    Step(2, 3.0, 2e-4, 0.4, tokens=20, tokens_per_second=200.0, seconds=2.0),
+    Step(1, 3.5, 1e-4, 0.5, tokens=10, tokens_per_second=100.0, seconds=1.0, peak_bytes=10),
+    Step(2, 3.0, 2e-4, 0.4, tokens=20, tokens_per_second=200.0, seconds=2.0, peak_bytes=10),
     Saved(2, "out"),
 ]
 SETTINGS = {"lora.r": 8, "lora.targets": ["q_proj"], "data.eval": None}
@@ -89,7 +89,7 @@ def test_figures_are_grouped_as_trackers_group_them():
         def as_json(self):
             return super().as_json() | {"sources": {"a": 1.5}, "text": "no figure"}
 
-    step = WithSources(3, 2.0, 1e-4, 0.5, tokens=10, tokens_per_second=9.0, seconds=1.0)
+    step = WithSources(3, 2.0, 1e-4, 0.5, tokens=10, tokens_per_second=9.0, seconds=1.0, peak_bytes=10)
 
     assert metrics_of(step) == {
         "train/loss": 2.0,
@@ -97,6 +97,7 @@ def test_figures_are_grouped_as_trackers_group_them():
         "train/grad_norm": 0.5,
         "train/tokens": 10,
         "train/tokens_per_second": 9.0,
+        "train/peak_bytes": 10,
         "train/sources/a": 1.5,
     }
     assert metrics_of(EVENTS[0]) == {"eval/loss": 4.0, "eval/perplexity": 54.6, "eval/tokens": 100}
@@ -153,7 +154,7 @@ def test_mlflow_is_told_everything_and_settings_once(told, run, monkeypatch):
 @pytest.mark.parametrize("log_steps", [1, 2, 5])
 def test_steps_are_told_as_often_as_the_recipe_says(told, run, log_steps):
     wandb = told("wandb", config=Told("config"))
-    steps = [Step(n, 1.0, 1e-4, 0.5, tokens=n, tokens_per_second=1.0, seconds=1.0) for n in range(1, 11)]
+    steps = [Step(n, 1.0, 1e-4, 0.5, tokens=n, tokens_per_second=1.0, seconds=1.0, peak_bytes=10) for n in range(1, 11)]
 
     tell("wandb", Tracked(run.folder, run.id, {}, log_steps=log_steps), steps)
 
@@ -241,7 +242,7 @@ def test_mlflow_goes_on_with_the_run_of_an_earlier_session(run, monkeypatch, tmp
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     tell("mlflow", run)
 
-    later = Step(3, 2.5, 2e-4, 0.4, tokens=30, tokens_per_second=200.0, seconds=3.0)
+    later = Step(3, 2.5, 2e-4, 0.4, tokens=30, tokens_per_second=200.0, seconds=3.0, peak_bytes=10)
     tell("mlflow", Tracked(run.folder, run.id, SETTINGS | {"lora.r": 16}, resumed_at=2), [later])
 
     [found] = mlflow.search_runs(experiment_names=["lora"], output_format="list")
