@@ -13,7 +13,17 @@ import yaml
 from lora_cli import __version__
 from lora_cli.data.sources import is_path
 from lora_cli.recipe.schema import share_of
-from lora_cli.runs.facts import get, headline, listed, mappings, merge_facts, samples
+from lora_cli.runs.facts import (
+    get,
+    headline,
+    listed,
+    mappings,
+    merge_facts,
+    next_commands,
+    objective,
+    samples,
+    unfinished,
+)
 from lora_cli.runs.folder import RunFolder, write_text
 from lora_cli.runs.history import History, number
 from lora_cli.wording import bytes_text, duration, inert
@@ -73,9 +83,7 @@ def _front(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _task(record: Mapping[str, Any]) -> tuple[str, str]:
-    objective = get(record, "settings", "training.objective")
-    kind = objective.get("kind") if isinstance(objective, Mapping) else objective
-    return TASKS.get(str(kind), OTHER_TASKS)
+    return TASKS.get(objective(record), OTHER_TASKS)
 
 
 def _datasets(record: Mapping[str, Any]) -> list[str]:
@@ -124,8 +132,9 @@ def _results(record: Mapping[str, Any], history: History) -> str:
     rows = []
     for name, key in [("held-out loss", "loss"), ("perplexity", "perplexity"), *((m, m) for m in history.metrics())]:
         if measured := history.evaluated(key):
-            before = f"{measured[0][1]:.4g}" if len(measured) > 1 else "–"
-            rows.append(f"| {prose(name)} | {before} | {measured[-1][1]:.4g} |")
+            (first, before), (last, after) = measured[0], measured[-1]
+            known = [f"{before:.4g}" if first < last or not first else "–", f"{after:.4g}" if last else "–"]
+            rows.append(f"| {prose(name)} | {known[0]} | {known[1]} |")
     loss = number(get(record, "result", "train_loss"))
     if loss is not None:
         rows.append(f"| training loss | – | {loss:.4g} |")
@@ -153,6 +162,9 @@ def _samples(history: History) -> str:
 
 def _use(record: Mapping[str, Any]) -> str:
     """Commands and code name the base in quotes of their own language, so that no name can end them."""
+    if unfinished(record):
+        lines = "\n".join(next_commands(Path(), record))
+        return f"## Not finished\n\nThere is no adapter yet, but for those in `checkpoints/`. To go on:\n\n{_fenced('sh', lines)}\n"
     base = str(get(record, "base", "name") or "BASE")
     r = number(get(record, "settings", "lora.r")) or 8
     labels = len(get(record, "data", "train", "labels") or ())

@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli.runs.charts import curve_lines
-from lora_cli.runs.history import History, number
+from lora_cli.runs.history import BROKEN_OFF, INTERRUPTED, History, number
+from lora_cli.runs.lock import resuming
 from lora_cli.wording import bytes_text, compact, duration, inert
 
 MOST_SAMPLES = 12  # prompts
 MOST_STEPS = 6  # of a prompt's answers: the first, the last, and some between
+TRAINING = (("lora", "train"), ("python", "-m", "lora_cli", "train"))
+UNFINISHED = (INTERRUPTED, BROKEN_OFF)
 LEVELS = 9  # of shade in the map of updates
 
 
@@ -30,6 +33,8 @@ def headline(record: Mapping[str, Any], history: History) -> str:
         return f"Fine-tuning {base}{over} ended at step {steps:,}{of}, before its end."
     if not history.finished:
         of = f" of {planned:,}" if planned else ""
+        if get(record, "result", "reason") == INTERRUPTED:
+            return f"Fine-tuning {base}{over} was interrupted at step {steps:,}{of}."
         return f"Fine-tuning {base}{over}: {steps:,}{of} steps so far."
     done = f"{base} was fine-tuned{over} for {steps:,} steps"
     if len(held_out) > 1:
@@ -60,6 +65,7 @@ def facts(folder: Path, record: Mapping[str, Any], history: History) -> dict[str
         "loosened": [str(flag) for flag in listed(record, "loosened")],
         "environment": _environment(record),
         "settings": _settings(record),
+        "next": next_commands(folder, record),
         "folder": str(folder),
         "damaged": history.damaged,
     }
@@ -71,12 +77,9 @@ def tiles(record: Mapping[str, Any], history: History) -> list[tuple[str, str, s
     if held_out := history.evaluated():
         first = f"from {held_out[0][1]:.3f}" if len(held_out) > 1 else ""
         tiles.append(("held-out loss", f"{held_out[-1][1]:.3f}", first))
-        perplexity = history.evaluated("perplexity")
-        if perplexity:
-            tiles.append(("perplexity", compact(perplexity[-1][1]), f"from {compact(perplexity[0][1])}"))
-    for name in history.metrics():
+    for name in (["perplexity"] if history.evaluated("perplexity") else []) + list(history.metrics()):
         measured = history.evaluated(name)
-        tiles.append((name, compact(measured[-1][1]), f"from {compact(measured[0][1])}"))
+        tiles.append((name, compact(measured[-1][1]), f"from {compact(measured[0][1])}" if len(measured) > 1 else ""))
     if not held_out and (losses := history.curve("loss")):
         smooth = curve_lines("", "", losses)[-1].points
         tiles.append(("training loss", f"{smooth[-1][1]:.3f}", f"from {smooth[0][1]:.3f}"))
@@ -91,6 +94,31 @@ def tiles(record: Mapping[str, Any], history: History) -> list[tuple[str, str, s
     if peak := number(get(record, "result", "peak_bytes")):
         tiles.append(("peak memory", bytes_text(peak), _of_memory(record)))
     return tiles
+
+
+def next_commands(folder: Path, record: Mapping[str, Any]) -> list[str]:
+    """What to type now: to try the adapter, or to go on where the run did not come to its end."""
+    if unfinished(record):
+        words = last_command(record)
+        ours = any(words[: len(start)] == list(start) for start in TRAINING)  # a record may come from a stranger
+        return [inert(resuming(words)).replace("\n", " ")] if ours else []
+    tries = f"lora generate --adapter {folder} --prompt '…'"
+    rest = [f"lora eval {folder}/recipe.yaml --adapter {folder}", f"lora merge --adapter {folder}"]
+    return rest if objective(record) == "classify" else [tries, *rest]
+
+
+def unfinished(record: Mapping[str, Any]) -> bool:
+    return get(record, "result", "reason") in UNFINISHED
+
+
+def last_command(record: Mapping[str, Any]) -> list[str]:
+    sessions = mappings(listed(record, "sessions"))
+    return [str(word) for word in listed(sessions[-1], "command")] if sessions else []
+
+
+def objective(record: Mapping[str, Any]) -> str:
+    found = get(record, "settings", "training.objective")
+    return str(found.get("kind") if isinstance(found, Mapping) else found)
 
 
 def _of_memory(record: Mapping[str, Any]) -> str:
@@ -254,7 +282,7 @@ def _environment(record: Mapping[str, Any]) -> list[tuple[str, str]]:
             )
             for place, each in enumerate(sessions, 1)
         ),
-        ("command", " ".join(map(str, sessions[-1].get("command", []))) if sessions else None),
+        ("command", " ".join(last_command(record)) or None),
         ("seed", record.get("seed")),
         ("devices", ", ".join(devices) or f"{resolved.get('device', 'cpu')}, {machine.get('threads')} threads"),
         ("processes", resolved.get("processes")),

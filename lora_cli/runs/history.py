@@ -16,6 +16,7 @@ Curve = list[tuple[int, float]]
 
 MOST_BYTES = 2_000_000  # of one line; no event has so many
 LAST_STEP = 10**9
+INTERRUPTED, BROKEN_OFF = "interrupted", "broken off"  # the reason of an end before the end
 # Of an evaluation, what is no metric besides the loss
 NO_METRIC = {"step", "loss", "perplexity", "tokens", "seconds", "rows"}
 

@@ -10,7 +10,7 @@ import os
 import shlex
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -37,7 +37,12 @@ def command() -> str:
 
 def command_to_resume() -> str:
     """The same, with `--resume`."""
-    kept = [word for word in shlex.split(command()) if word not in ("--resume", "--overwrite")]
+    return resuming(shlex.split(command()))
+
+
+def resuming(words: Iterable[str]) -> str:
+    """The command that goes on with the run of another one."""
+    kept = [word for word in words if word not in ("--resume", "--overwrite")]
     return shlex.join([*kept, "--resume"])
 
 

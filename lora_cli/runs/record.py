@@ -6,6 +6,7 @@ resumed run was before stays in it: its id, and one entry a session.
 
 import os
 import platform
+import shlex
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
@@ -35,7 +36,8 @@ from lora_cli.recipe.secrets import redacted, redacted_command
 from lora_cli.runs.decision import Decision
 from lora_cli.runs.figures import histogram
 from lora_cli.runs.folder import RunFolder, write_json
-from lora_cli.runs.history import History, mean, number
+from lora_cli.runs.history import BROKEN_OFF, History, mean, number
+from lora_cli.runs.lock import command
 from lora_cli.runs.parts import Run
 from lora_cli.runs.resume import Continuation, installed
 from lora_cli.train.layout import filled
@@ -147,7 +149,7 @@ def broken_off(record: Record, history: History, why: Mapping[str, Any]) -> Reco
 
 
 def why_broken_off(error: BaseException) -> Record:
-    why = {"reason": "broken off", "error": type(error).__name__, "exit_code": _exit_code(error)}
+    why = {"reason": BROKEN_OFF, "error": type(error).__name__, "exit_code": _exit_code(error)}
     if isinstance(error, UserError):
         why["error"] = redacted("\n".join(map(str, error.problems)))
     return why
@@ -291,7 +293,8 @@ def _exit_code(error: BaseException) -> int:
 
 
 def _command() -> list[str]:
-    return ["lora", *redacted_command(sys.argv[1:])]
+    """What the user typed, as words; workers have other arguments."""
+    return redacted_command(shlex.split(command()))
 
 
 def loosened_by_command() -> list[str]:

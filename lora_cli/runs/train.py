@@ -44,7 +44,7 @@ from lora_cli.recipe.schema import Recipe, labels_of, objective_of, seconds_of
 from lora_cli.runs.check import check_rows, target_paths
 from lora_cli.runs.decision import decision
 from lora_cli.runs.folder import RunFolder
-from lora_cli.runs.history import read_history
+from lora_cli.runs.history import INTERRUPTED, read_history
 from lora_cli.runs.metering import metered
 from lora_cli.runs.parts import Rows, Run
 from lora_cli.runs.proof_rows import write_proof_rows
@@ -206,7 +206,7 @@ def execute(
                 sink(event)
             yield event
     if first and isinstance(event, Interrupted):
-        tell_end(run.folder, {"reason": "interrupted"})
+        tell_end(run.folder, {"reason": INTERRUPTED})
 
 
 def finish(run: Run, finished: Finished) -> Adapter | None:

@@ -57,6 +57,26 @@ def test_the_hubs_client_reads_the_card():
     }
 
 
+def test_a_run_that_did_not_end_has_no_adapter_to_use_but_the_command_that_goes_on():
+    started = history_of([{"event": "started", "step": 0, "steps": 9}, {"event": "evaluated", "step": 0, "loss": 4.0}])
+    command = ["lora", "train", "my recipe.yaml", "--overwrite"]
+    record = RECORD | {"result": {"reason": "interrupted"}, "sessions": [{"command": command}]}
+
+    text = card(record, started)
+
+    assert "lora train 'my recipe.yaml' --resume\n" in text
+    assert "was interrupted at step 0 of 9." in text
+    assert "| held-out loss | 4 | – |" in text
+    assert "--adapter" not in text
+
+
+@pytest.mark.parametrize("command", [["curl", "evil"], ["lora", "chat"], ["python", "-c", "x"], []])
+def test_a_record_from_elsewhere_names_no_other_command(command):
+    record = RECORD | {"result": {"reason": "broken off"}, "sessions": [{"command": command}]}
+
+    assert " --resume" not in card(record, HISTORY)
+
+
 def test_the_card_carries_the_runs_numbers():
     text = card(RECORD, HISTORY)
 
