@@ -1,5 +1,6 @@
 """A tiny tokenizer that knows every family's special tokens, and the chat templates whose masks are tested."""
 
+import random
 from dataclasses import dataclass
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -167,3 +168,18 @@ def space_before_words(template: str | None = None) -> PreTrainedTokenizerFast:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
     tokenizer.chat_template = template
     return tokenizer
+
+
+PARTS = [
+    *(" ", "\n", "  \n", "\t ", " \u00a0", "\u3000", "\r\n", "\x1c ", "\x85 ", " ", "  "),
+    *("é", "e", "\u0301", " \u0301", "數", "١٢", "12345", "'s", "'S ", " 'll", "/\n", "...", "_", "A ", " B", "ǅa"),
+    *("<|im", "_start|>", "<|im_", "<", "the cat", " <mask>"),
+]
+
+
+def mixtures(tokenizer, count=200):
+    """Words, white space and special tokens, whole and in parts, in any order."""
+    generator = random.Random(0)
+    added = [token.content for token in tokenizer.added_tokens_decoder.values()]
+    parts = [*added, *added, *SENTENCES, *PARTS]
+    return ["".join(generator.choices(parts, k=generator.randrange(9))) for _ in range(count)]

@@ -11,7 +11,7 @@ from jinja2.exceptions import SecurityError
 
 from lora_cli.data.sources import quote
 from lora_cli.data.types import BadRow
-from lora_cli.errors import ModelError, Problem, SafetyError, first_line
+from lora_cli.errors import ModelError, Problem, SafetyError, UserError, first_line
 from lora_cli.limits import Exceeded, bounded
 
 if TYPE_CHECKING:
@@ -49,20 +49,39 @@ def rendered(
 ) -> str:
     """The conversation as text. Raises BadRow where the template refuses it, ModelError where it is no template, and
     SafetyError where it takes too much or reaches out of its sandbox."""
-    text = _run(tokenizer, turns, tools, MOST_SECONDS, tokenize=False, add_generation_prompt=add_generation_prompt)
-    if len(text) > MOST_OUTPUT + COPIES * _size(turns, tools):
+    text = _run(
+        tokenizer, list(turns), tools, MOST_SECONDS, tokenize=False, add_generation_prompt=add_generation_prompt
+    )
+    if _is_too_long(text, turns, tools):
         raise SafetyError(_too_much(tokenizer, f"{len(text):,} characters"))
     return text
+
+
+def rendered_together(
+    tokenizer: "PreTrainedTokenizerBase", talks: Sequence[Turns], tools: Tools = (), *, add_generation_prompt: bool
+) -> list[str] | None:
+    """What `rendered` gives for each, at a fraction of its cost, for all of them are held to the bounds of one.
+
+    None where one is refused or they take too much together: `rendered` then says which, and why.
+    """
+    how = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
+    try:
+        texts = _run(tokenizer, [list(turns) for turns in talks], tools, MOST_SECONDS, **how)
+    except (BadRow, UserError):
+        return None
+    too_long = any(_is_too_long(text, turns, tools) for text, turns in zip(texts, talks, strict=True))
+    return None if too_long else texts
 
 
 def tokenized(tokenizer: "PreTrainedTokenizerBase", turns: Turns, tools: Tools = (), **how: bool) -> Mapping[str, Any]:
     """The conversation as tokens, as everybody else gets them: `how` are options of `apply_chat_template`."""
     seconds = MOST_SECONDS + _size(turns, tools) / TOKENIZED_A_SECOND
-    return _run(tokenizer, turns, tools, seconds, return_dict=True, tokenizer_kwargs={"verbose": False}, **how)
+    return _run(tokenizer, list(turns), tools, seconds, return_dict=True, tokenizer_kwargs={"verbose": False}, **how)
 
 
-def _run(tokenizer: "PreTrainedTokenizerBase", turns: Turns, tools: Tools, seconds: float, **how: Any) -> Any:
-    render = partial(tokenizer.apply_chat_template, list(turns), tools=list(tools) or None, **how)
+def _run(tokenizer: "PreTrainedTokenizerBase", asked: list[Any], tools: Tools, seconds: float, **how: Any) -> Any:
+    """`asked` are the turns of a conversation, or several of them."""
+    render = partial(tokenizer.apply_chat_template, asked, tools=list(tools) or None, **how)
     try:
         return bounded(render, seconds=seconds, most_bytes=MOST_BYTES)
     except Exceeded as error:
@@ -79,6 +98,10 @@ def _run(tokenizer: "PreTrainedTokenizerBase", turns: Turns, tools: Tools, secon
 
 def _too_much(tokenizer: "PreTrainedTokenizerBase", what: str) -> Problem:
     return Problem(f"the chat template takes more than {what} for one conversation", where=_named(tokenizer), fix=FIX)
+
+
+def _is_too_long(text: str, turns: Turns, tools: Tools) -> bool:
+    return len(text) > MOST_OUTPUT and len(text) > MOST_OUTPUT + COPIES * _size(turns, tools)
 
 
 def _size(turns: Turns, tools: Tools) -> int:

@@ -23,9 +23,9 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lora_cli.data.chat_template import Tools, check_size, rendered, tokenized
+from lora_cli.data.chat_template import Tools, check_size, rendered, rendered_together, tokenized
 from lora_cli.data.encoder import Encoder
 from lora_cli.data.sources import quote
 from lora_cli.data.types import (
@@ -41,7 +41,7 @@ from lora_cli.data.types import (
     Span,
     Text,
 )
-from lora_cli.errors import DataError, ModelError, Problem, UserError
+from lora_cli.errors import DataError, ModelError, Problem
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -56,11 +56,26 @@ ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:\n"
 )
+TOGETHER = 100  # conversations that are rendered at once, which takes some ten milliseconds
 SHOWN_LABELS = 5  # in a message
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 # What of a message the template must not leave out
 MUST_BE_READ = ("tool_calls", "reasoning_content", "reasoning", "thinking")
+
+
+class Prompt(NamedTuple):
+    """What the chat template is to render."""
+
+    messages: Sequence[Message]
+    tools: Tools
+    add_generation_prompt: bool
+
+    @property
+    def key(self) -> tuple[Hashable, ...]:
+        """Equal for what is rendered alike; but for the turns, what can be rendered together."""
+        turns = tuple((said.role, said.content, repr(said.fields) if said.fields else "") for said in self.messages)
+        return turns, repr(self.tools) if self.tools else "", self.add_generation_prompt
 
 
 class Renderer:
@@ -83,10 +98,11 @@ class Renderer:
         self.tagged = self.has_template and GENERATION_TAG.search(tokenizer.get_chat_template()) is not None
         added = tokenizer.added_tokens_decoder
         self.special = {id for id, token in added.items() if token.special} | set(tokenizer.all_special_ids)
+        self._silent: dict[int, bool] = {}  # tokens that were asked about
         own = tokenizer("")["input_ids"]  # what the tokenizer puts around a text by itself
         self._bos = own[:1] if own[:1] == [tokenizer.bos_token_id] else []
         self._encode = Encoder(tokenizer)
-        self._foreseen: dict[Hashable, tuple[str, object]] = {}  # texts, and what keeps their keys unique
+        self._foreseen: dict[Hashable, str] = {}  # by `_key`: texts of the rows that are rendered next
 
     def render(self, item: Item, row: RowId) -> list[Example]:
         """One example; or several for a conversation whose template renders earlier turns anew (see above).
@@ -96,8 +112,7 @@ class Renderer:
         """
         if isinstance(item, Labelled):
             return [self._labelled(item, row)]
-        if isinstance(item, Instruction):
-            item = as_conversation(item) if self.has_template else as_text(item)
+        item = self._as_rendered(item)
         if isinstance(item, Conversation):
             self._all_is_read(item)
             tokens = self._conversation(CHOOSE[self.train_on](item.messages), item.tools)
@@ -110,17 +125,15 @@ class Renderer:
         return [Example(input_ids, weights, row) for input_ids, weights in tokens]
 
     def foresee(self, items: Iterable[Item]) -> None:
-        """Tokenize together what `render` will ask for one by one; it changes nothing but the time that takes."""
-        self._foreseen = {}
-        texts: list[str] = []
-        for item in items:
-            try:
-                texts += self._texts(item)
-            except BadRow:  # `render` comes upon it too
-                continue
-            except UserError:
-                break
-        self._encode.learn(texts)
+        """Render and tokenize together what `render` will ask for one by one; it changes nothing but the time that takes."""
+        spans, prompts = list[str](), dict[tuple[Hashable, ...], Prompt]()
+        for item in map(self._as_rendered, items):
+            if isinstance(item, Text):
+                spans += accumulate(span.text for span in item.spans)
+            elif isinstance(item, Conversation) and self.has_template:
+                prompts |= {prompt.key: prompt for prompt in self._prompts(item)}
+        self._foreseen = self._rendered_together(prompts)
+        self._encode.foresee([*spans, *self._foreseen.values()])
 
     def meet(self, items: Iterable[Item]) -> None:
         """Take the labels of the items for some that are learned, numbered as they come."""
@@ -191,20 +204,31 @@ class Renderer:
             raise DataError(Problem(what, fix="raise `data.max_length`"))
         return self.max_length
 
-    def _texts(self, item: Item) -> Iterator[str]:
-        """What is tokenized of an item, as far as it can be known."""
-        if isinstance(item, Instruction):
-            item = as_conversation(item) if self.has_template else as_text(item)
-        if isinstance(item, Text):
-            yield from accumulate(span.text for span in item.spans)
-        if not isinstance(item, Conversation):
-            return
-        messages = CHOOSE[self.train_on](item.messages)
-        for end in (end for end, message in enumerate(messages, 1) if message.train and end > 1):
-            for shown, asks in ((messages[: end - 1], True), (messages[:end], False)):
-                text = self._template(shown, item.tools, add_generation_prompt=asks)
-                self._foreseen[_key(shown, item.tools, asks)] = text, (shown, item.tools)
-                yield text
+    def _as_rendered(self, item: Item) -> Item:
+        if not isinstance(item, Instruction):
+            return item
+        return as_conversation(item) if self.has_template else as_text(item)
+
+    def _prompts(self, talk: Conversation) -> Iterator[Prompt]:
+        """What `_turn` has rendered for each answer, as far as it can be known."""
+        with suppress(BadRow):  # `render` comes upon it too
+            messages = CHOOSE[self.train_on](talk.messages)
+            for end in (end for end, message in enumerate(messages, 1) if message.train and end > 1):
+                yield Prompt(messages[: end - 1], talk.tools, True)
+                yield Prompt(messages[:end], talk.tools, False)
+
+    def _rendered_together(self, prompts: Mapping[tuple[Hashable, ...], Prompt]) -> dict[Hashable, str]:
+        """The prompts as texts, by their keys; without those that are better rendered alone, to see what is wrong."""
+        alike: dict[Hashable, list[tuple[Hashable, ...]]] = {}
+        for key in prompts:
+            alike.setdefault(key[1:], []).append(key)
+        found: dict[Hashable, str] = {}
+        for keys in (group[i : i + TOGETHER] for group in alike.values() for i in range(0, len(group), TOGETHER)):
+            _, tools, asks = prompts[keys[0]]
+            talks = [_plain(prompts[key].messages) for key in keys]
+            texts = rendered_together(self.tokenizer, talks, tools, add_generation_prompt=asks)
+            found |= zip(keys, texts or (), strict=texts is not None)
+        return found
 
     def _all_is_read(self, talk: Conversation) -> None:
         """BadRow for tools, calls or reasoning that the template leaves out: the model would never see them."""
@@ -271,7 +295,7 @@ class Renderer:
         """The number of tokens up to and with the stop token: the first special one that the template writes after the
         content, behind which only special tokens and white space stand."""
         end = len(answer)
-        while end and (answer[end - 1] in self.special or not self._decode(answer[end - 1 : end]).strip()):
+        while end and self._is_silent(answer[end - 1]):
             end -= 1
         special = [place for place in range(end, len(answer)) if answer[place] in self.special]
         said = message.content.strip()
@@ -297,7 +321,7 @@ class Renderer:
         ask for the next answer: what ends an answer would be anybody's guess."""
         ids = self._encode(tail)
         first = next((place for place, id in enumerate(ids) if id in self.special), len(ids))
-        if self._decode([id for id in ids[first:] if id not in self.special]).strip():
+        if not all(map(self._is_silent, ids[first:])):
             raise ModelError(
                 Problem(
                     "the chat template writes more behind the stop token of an answer, so what ends an answer is not clear",
@@ -305,6 +329,12 @@ class Renderer:
                     fix="use a tokenizer whose template asks for an answer only where `add_generation_prompt` is true",
                 )
             )
+
+    def _is_silent(self, id: int) -> bool:
+        """Whether a token is a special one or white space."""
+        if id not in self._silent:
+            self._silent[id] = id in self.special or not self._decode([id]).strip()
+        return self._silent[id]
 
     def _marked(self, messages: Sequence[Message], tools: Tools, ids: list[int]) -> list[float]:
         """1 for the tokens that the template's `{% generation %}` blocks hold.
@@ -368,8 +398,8 @@ class Renderer:
                     fix="take the instruct variant of `model.base`, or bring the rows into the format `completion`",
                 )
             )
-        if foreseen := self._foreseen.get(_key(messages, tools, add_generation_prompt)):
-            return foreseen[0]
+        if foreseen := self._foreseen.get(Prompt(messages, tools, add_generation_prompt).key):
+            return foreseen
         return rendered(self.tokenizer, _plain(messages), tools, add_generation_prompt=add_generation_prompt)
 
     def _decode(self, ids: list[int]) -> str:
@@ -427,11 +457,6 @@ def as_text(item: Instruction) -> Text:
     prompt = ALPACA_WITH_INPUT if item.input else ALPACA
     prompt = prompt.format(instruction=item.instruction, input=item.input)
     return Text((Span(prompt, train=False), Span(item.output, train=True)))
-
-
-def _key(messages: Sequence[Message], tools: Tools, add_generation_prompt: bool) -> Hashable:
-    """Of these very messages, which are not hashable: unique as long as they are kept."""
-    return tuple(map(id, messages)), id(tools), add_generation_prompt
 
 
 def _plain(messages: Sequence[Message]) -> list[dict[str, Any]]:

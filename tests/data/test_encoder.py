@@ -1,11 +1,11 @@
-import random
+from functools import partial
 
 import pytest
-from templates import FAMILIES, SENTENCES, space_before_words, tiny_tokenizer
-from tokenizers import AddedToken, pre_tokenizers
+from templates import FAMILIES, mixtures, space_before_words, tiny_tokenizer
+from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers
 
 from lora_cli.data import encoder
-from lora_cli.data.encoder import Encoder
+from lora_cli.data.encoder import WORDS, Encoder
 
 
 def only_the_first_gets_a_space():
@@ -33,7 +33,39 @@ def a_token_that_begins_like_another():
     return tokenizer
 
 
+def words_of_gpt2_behind_single_digits():
+    tokenizer = tiny_tokenizer(FAMILIES["chatml"])
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    return tokenizer
+
+
+def composed_characters():
+    tokenizer = tiny_tokenizer(FAMILIES["chatml"], words=max(WORDS))
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    return tokenizer
+
+
+def two_words_as_one():
+    tokenizer = tiny_tokenizer(FAMILIES["chatml"])
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"\w+ \w+"), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    return tokenizer
+
+
+CUT_INTO_WORDS = [
+    *(partial(tiny_tokenizer, FAMILIES["llama3"], words=words) for words in sorted(WORDS)),
+    words_of_gpt2_behind_single_digits,
+    composed_characters,
+]
 MAKERS = [
+    *CUT_INTO_WORDS,
+    two_words_as_one,
     space_before_words,
     only_the_first_gets_a_space,
     a_space_before_every_piece,
@@ -43,20 +75,27 @@ MAKERS = [
 ]
 
 
-def mixtures(tokenizer, count=200):
-    """Words, white space and special tokens, whole and in parts, in any order."""
-    generator = random.Random(0)
-    added = [token.content for token in tokenizer.added_tokens_decoder.values()]
-    parts = [*added, *added, *SENTENCES, " ", "\n", "  \n", "é", "<|im", "_start|>", "<|im_", "<", "the cat", " <mask>"]
-    return ["".join(generator.choices(parts, k=generator.randrange(9))) for _ in range(count)]
-
-
-@pytest.mark.parametrize("maker", MAKERS, ids=lambda maker: getattr(maker, "__name__", None) or maker.stop)
+@pytest.mark.parametrize("maker", MAKERS, ids=lambda maker: getattr(maker, "__name__", None))
 def test_a_text_has_the_tokens_that_the_tokenizer_gives_it_at_once(maker):
     tokenizer = maker() if callable(maker) else tiny_tokenizer(maker)
     encode, texts = Encoder(tokenizer), mixtures(tokenizer)
 
     assert [encode(text) for text in texts] == tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("maker", CUT_INTO_WORDS, ids=lambda maker: getattr(maker, "__name__", None))
+def test_of_a_text_only_the_words_that_are_new_are_tokenized(maker, monkeypatch):
+    tokenizer = maker()
+    encode, asked = Encoder(tokenizer), []
+    encode("the cat sat")
+    call = type(tokenizer).__call__
+    monkeypatch.setattr(
+        type(tokenizer), "__call__", lambda self, texts, **given: asked.extend(texts) or call(self, texts, **given)
+    )
+
+    encode.foresee(["the cat sat on", "the cat  sat"])
+
+    assert sorted(asked) == ["  sat", " on"]
 
 
 def test_a_longer_conversation_costs_only_what_is_new(monkeypatch):
@@ -81,4 +120,4 @@ def test_what_is_remembered_is_bounded(monkeypatch):
     for number in range(200):
         encode(f"the cat {number}<|im_end|>")
 
-    assert encode.remembered < 200
+    assert encode.remembered < 300

@@ -7,7 +7,9 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from templates import mixtures
 
+from lora_cli.data.encoder import Encoder
 from lora_cli.data.render import Renderer, truncate
 from lora_cli.data.types import BadRow, Conversation, Example, Message, PromptForm, RowId, Span, Text
 from lora_cli.models.gguf import converted_folder
@@ -107,6 +109,15 @@ def prompts_of_inference(tokenizer, talk: Conversation) -> list[list[int]]:
     tools = list(talk.tools) or None
     ask = tokenizer.apply_chat_template
     return [ask(plain[:place], tools=tools, add_generation_prompt=True)["input_ids"] for place in asked]
+
+
+@EACH_FAMILY
+def test_a_text_has_the_tokens_that_the_tokenizer_gives_it_at_once(tokenizer):
+    encode, texts = Encoder(tokenizer), mixtures(tokenizer, count=400)
+
+    encode.foresee(texts[:200])
+
+    assert [encode(text) for text in texts] == tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 
 @EACH_TALK

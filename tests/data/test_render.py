@@ -16,6 +16,7 @@ from templates import (
     tiny_tokenizer,
 )
 
+from lora_cli.data.chat_template import rendered, rendered_together
 from lora_cli.data.formats import templated
 from lora_cli.data.render import Renderer, truncate
 from lora_cli.data.types import (
@@ -224,9 +225,10 @@ def test_a_template_that_cannot_be_trained_on_is_a_model_error(what, template):
     assert error.value.problems[0].fix
 
 
+NO_SYSTEM = "the chat template refuses it: no system role"
 BAD_ROWS = {
     "the conversation begins with an answer, so it has no prompt": (CHATML, talk("", "yes").messages[1:]),
-    "the chat template refuses it: no system role": (
+    NO_SYSTEM: (
         GEMMA,
         (Message("system", "the mat", False), *talk("what", "yes").messages),
     ),
@@ -486,3 +488,33 @@ def test_what_the_template_would_leave_out_in_silence_makes_a_bad_row(key):
 
     assert error.value.what == f"the chat template leaves `{key}` out"
     assert error.value.fix == f"use a tokenizer whose template reads `{key}`, or take it out of the rows"
+
+
+def test_conversations_rendered_together_are_those_rendered_alone_unless_one_is_refused():
+    tokenizer = tiny_tokenizer(GEMMA)
+    one, two, refused = (
+        [message.as_template_reads_it() for message in messages]
+        for messages in (talk("what", "yes").messages, talk("why", "no").messages, BAD_ROWS[NO_SYSTEM][1])
+    )
+
+    together = rendered_together(tokenizer, [one, two], add_generation_prompt=True)
+
+    assert together == [rendered(tokenizer, turns, add_generation_prompt=True) for turns in (one, two)]
+    assert rendered_together(tokenizer, [one, two, refused], add_generation_prompt=True) is None
+
+
+@pytest.mark.parametrize("train_on", ["answers", "last", "all"])
+def test_rows_that_were_foreseen_are_rendered_as_they_are_alone(train_on):
+    items = [*CONVERSATIONS.values(), TASK, Conversation(BAD_ROWS[NO_SYSTEM][1]), Text((Span("the cat", train=True),))]
+    renderer = Renderer(tiny_tokenizer(GEMMA), train_on)
+
+    def found(item):
+        try:
+            return renderer.render(item, ROW)
+        except BadRow as error:
+            return error.what
+
+    alone = [found(item) for item in items]
+    renderer.foresee(items)
+
+    assert [found(item) for item in items] == alone
