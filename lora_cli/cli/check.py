@@ -71,7 +71,8 @@ def _show_figures(figures) -> None:
 def _rows(figures) -> str:
     report = figures.report
     parts = [f"{report.rows:,} ({', '.join(sorted(set(report.formats.values())))})"]
-    parts.append(f"{figures.train:,} examples to train on, {figures.held_out:,} held out")
+    two = " (two a pair)" if "preference" in report.formats.values() else ""
+    parts.append(f"{figures.train:,} examples{two} to train on, {figures.held_out:,} held out")
     parts += [f"{count:,} left out ({reason})" for reason, count in report.dropped.items()]
     return "; ".join(parts)
 

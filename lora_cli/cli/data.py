@@ -82,7 +82,7 @@ def _show_example(prepared, example, held_out: bool, borders: bool) -> None:
     from lora_cli.cli.console import inert, out, show
 
     trained = sum(weight > 0 for weight in example.weights)
-    side = " · held out" if held_out else ""
+    side = (f" · {example.side}" if example.side else "") + (" · held out" if held_out else "")
     label = prepared.label(example)
     learned = f"{trained} trained" if label is None else f"label {inert(label)}"
     header = f"{inert(str(example.row))} · {len(example.input_ids)} tokens · {learned} · cut {example.cut}{side}"
@@ -118,6 +118,7 @@ def _as_json(prepared, example, held_out: bool) -> dict:
         "row": example.row.number,
         "held_out": held_out,
         "cut": example.cut,
+        **({"side": example.side} if example.side else {}),
         **({} if example.label is None else {"label": prepared.label(example)}),
         "input_ids": example.input_ids,
         "texts": prepared.texts(example),

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_cli.data.types import Example, RowId
+from lora_cli.data.types import CHOSEN, REJECTED, Example, RowId
 
 Array = NDArray[Any]
 
@@ -39,10 +39,12 @@ RECORD = np.dtype(
         ("row", "<u8"),
         ("origin", "<u4"),
         ("label", "<i4"),  # UNLABELLED where nothing is classified
+        ("side", "u1"),  # the number among SIDES
     ]
 )
 FILES = {"tokens": TOKEN, "runs": RUN, "records": RECORD}
 UNLABELLED = -1
+SIDES = ("", CHOSEN, REJECTED)
 BLOCK = 1 << 20  # tokens that are looked at together
 READ = 1 << 24  # bytes that are checked together
 
@@ -246,7 +248,7 @@ class Examples(Sequence[Example]):
 
     def _example(self, place: int) -> Example:
         store, local = self._store_of(place)
-        token, length, run, count, _, cut, row, origin, label = store.arrays.records[local].item()
+        token, length, run, count, _, cut, row, origin, label, side = store.arrays.records[local].item()
         runs = store.arrays.runs[run : run + count]
         found = store.origins[origin]
         return Example(
@@ -256,6 +258,7 @@ class Examples(Sequence[Example]):
             cut=cut,
             repeats=found.repeats,
             label=None if label == UNLABELLED else (store.labels[label] if store.labels else label),
+            side=SIDES[side],
             segments=tuple(np.repeat(runs["segment"], runs["length"]).tolist()) if runs["segment"].any() else None,
         )
 
@@ -311,6 +314,7 @@ def flat(examples: Sequence[Example], origins: Sequence[int]) -> Arrays:
     records["row"] = [example.row.number for example in examples]
     records["origin"] = origins
     records["label"] = [UNLABELLED if example.label is None else example.label for example in examples]
+    records["side"] = [SIDES.index(example.side) for example in examples]
     return Arrays(tokens, runs, records)
 
 

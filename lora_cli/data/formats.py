@@ -1,4 +1,4 @@
-"""What the columns of a row mean: row -> Conversation, Instruction, Text, Tokens or Labelled. One function a format, their table.
+"""What the columns of a row mean: row -> Conversation, Instruction, Text, Tokens, Labelled or Preference. One function a format, their table.
 
 Every function raises BadRow where the row does not fit, and NothingToLearn where it fits but has an empty answer.
 """
@@ -6,14 +6,16 @@ Every function raises BadRow where the row does not fit, and NothingToLearn wher
 import json
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import isfinite
 from typing import Any
 
 from lora_cli.data.sources import quote
 from lora_cli.data.types import (
+    CHOSEN,
     IGNORE,
+    REJECTED,
     BadRow,
     Conversation,
     Instruction,
@@ -21,6 +23,7 @@ from lora_cli.data.types import (
     Labelled,
     Message,
     NothingToLearn,
+    Preference,
     Span,
     Text,
     Tokens,
@@ -141,6 +144,96 @@ def labelled(row: Columns) -> Labelled:
     return Labelled(_answer(row, "text"), str(label), pair)
 
 
+def preference(row: Columns) -> Preference:
+    """{"prompt"?, "chosen", "rejected"}: two answers to one prompt, of which `chosen` is the better one.
+
+    As texts, they follow a `prompt`, as it stands, or a `question` or `instruction`, as a chat; or they bring the prompt,
+    which is what both begin with. As turns, they follow the turns or the text of the prompt, or bring them too.
+    """
+    if isinstance(row.get(CHOSEN), str) and isinstance(row.get(REJECTED), str):
+        chosen, rejected = _answers(row)
+    else:
+        chosen, rejected = _answering_turns(row)
+    if chosen == rejected:
+        raise BadRow("`chosen` and `rejected` are the same", fix="take the row out: it prefers nothing")
+    return Preference(chosen, rejected)
+
+
+def _answers(row: Columns) -> tuple[Instruction | Conversation | Text, ...]:
+    """Both sides, where they are texts."""
+    asked = _chosen(ASKED, row)
+    if asked == "prompt":
+        prompt = Span(_string(row, "prompt"), train=False)
+        return tuple(Text((prompt, Span(_answer(row, side), train=True))) for side in (CHOSEN, REJECTED))
+    if asked and row.get("system"):
+        turns = (Message("system", _string(row, "system"), False), Message("user", _string(row, asked), False))
+        return tuple(Conversation((*turns, Message("assistant", _answer(row, s), True))) for s in (CHOSEN, REJECTED))
+    if asked:
+        return tuple(alpaca({**row, "instruction": row[asked], "output": row[s]}) for s in (CHOSEN, REJECTED))
+    texts = [_answer(row, side) for side in (CHOSEN, REJECTED)]
+    prompt = _shared_text(*texts)
+    return tuple(Text((Span(prompt, train=False), Span(text[len(prompt) :], train=True))) for text in texts)
+
+
+def _shared_text(chosen: str, rejected: str) -> str:
+    """What both begin with, up to the white space before the word in which they differ."""
+    differ = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
+    begin = WORDS_BEFORE_WHITE_SPACE.match(chosen[:differ])
+    same = begin[0] if begin else ""
+    if not same:
+        raise BadRow("`chosen` and `rejected` begin differently, and there is no prompt", fix="add a column `prompt`")
+    return same
+
+
+def _answering_turns(row: Columns) -> tuple[Conversation, Conversation]:
+    """Both sides, where they are turns: what they begin with alike is the prompt."""
+    name = _chosen(ASKED, row)
+    prompt = [] if name is None or isinstance(row[name], str) else _turns(row[name], name)
+    asked = row[name] if name is not None and not prompt else None
+    chosen, rejected = (_with_prompt(prompt, asked, _turns(row.get(s), s), s) for s in (CHOSEN, REJECTED))
+    if row.get("system"):
+        chosen, rejected = ([Message("system", _string(row, "system"), train=False), *s] for s in (chosen, rejected))
+    same = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
+    if same is None and len(chosen) == len(rejected):
+        raise BadRow("`chosen` and `rejected` are the same", fix="take the row out: it prefers nothing")
+    if not same or any(side[same].role != "assistant" for side in (chosen, rejected)):
+        raise BadRow("`chosen` and `rejected` answer different prompts", fix="let both begin with the same turns")
+    tools = _tools(row)
+    return tuple(Conversation((*_read(side[:same]), *side[same:]), tools) for side in (chosen, rejected))
+
+
+def _with_prompt(prompt: list[Message], asked: str | None, turns: list[Message], side: str) -> list[Message]:
+    """All turns of a side, which may bring the prompt itself."""
+    if turns[-1].role != "assistant":
+        raise BadRow(f"`{side}` does not end with an answer", fix="end it with an assistant turn")
+    if asked is None:
+        return turns if _read(turns[: len(prompt)]) == _read(prompt) else [*prompt, *turns]
+    if turns[0].role == "assistant":
+        return [Message("user", asked, train=False), *turns]
+    if not any(turn.content.strip() == asked.strip() for turn in turns):
+        raise BadRow(f"`{side}` has turns before its answer, and none of them is the prompt beside it")
+    return turns
+
+
+def _read(turns: Sequence[Message]) -> list[Message]:
+    """The turns, none of which is learned."""
+    return [replace(turn, train=False) for turn in turns]
+
+
+def _turns(value: Any, column: str) -> list[Message]:
+    """One turn or several, in OpenAI's words or in ShareGPT's."""
+    found = [value] if isinstance(value, Mapping) else value
+    if not isinstance(found, list) or not found:
+        what = f"`{column}` is missing" if value is None else f"`{column}` is neither text nor a list of turns"
+        raise BadRow(what, fix="`chosen` and `rejected` are both texts, or both lists of turns")
+    return [
+        _message(turn, f"{column}[{place}]", role="from", content="value", roles=SHAREGPT_ROLES)
+        if isinstance(turn, Mapping) and "from" in turn
+        else _message(turn, f"{column}[{place}]", role="role", content="content", roles=ROLES)
+        for place, turn in enumerate(found)
+    ]
+
+
 def labels_in(items: Sequence[Item]) -> list[str]:
     """The labels of the rows, sorted."""
     return sorted_labels({item.label for item in items if isinstance(item, Labelled)})
@@ -259,13 +352,16 @@ def _string(row: Columns, name: str, place: str = "") -> str:
     return value
 
 
-LABELLED = "labelled"
+LABELLED, PREFERENCE = "labelled", "preference"
 WHOLE_NUMBER = re.compile(r"-?[0-9]{1,18}")
+ASKED = ("prompt", "question", "instruction", "messages", "conversations")  # columns before `chosen` and `rejected`
+WORDS_BEFORE_WHITE_SPACE = re.compile(r".*\S(?=\s)", re.DOTALL)
 COMPLETIONS = ("completion", "response", "output")
 
 # In the order in which `auto` tries them: tatsu-lab/alpaca, for one, has a `text` column beside its three
 FORMATS: dict[str, Format] = {
     "tokens": Format((("input_ids",),), tokens, takes=("labels", "attention_mask")),
+    PREFERENCE: Format(((CHOSEN,), (REJECTED,)), preference, takes=(*ASKED, "input", "system", "tools")),
     "messages": Format((("messages",),), messages, takes=("system", "tools")),
     "sharegpt": Format((("conversations",),), sharegpt, takes=("system", "tools")),
     "alpaca": Format((("instruction",), ("output",)), alpaca, takes=("input",)),

@@ -1,4 +1,4 @@
-"""From meaning to tokens: Conversation, Instruction, Text, Tokens or Labelled -> Examples, by the tokenizer's own rules.
+"""From meaning to tokens: Conversation, Instruction, Text, Tokens, Labelled or Preference -> Examples, by the tokenizer's own rules.
 
 A conversation is rendered turn by turn, as it will be at inference:
 
@@ -29,6 +29,8 @@ from lora_cli.data.chat_template import Tools, check_size, rendered, rendered_to
 from lora_cli.data.encoder import Encoder
 from lora_cli.data.sources import quote
 from lora_cli.data.types import (
+    CHOSEN,
+    REJECTED,
     BadRow,
     Conversation,
     Example,
@@ -36,6 +38,7 @@ from lora_cli.data.types import (
     Item,
     Labelled,
     Message,
+    Preference,
     PromptForm,
     RowId,
     Span,
@@ -105,33 +108,25 @@ class Renderer:
         self._foreseen: dict[Hashable, str] = {}  # by `_key`: texts of the rows that are rendered next
 
     def render(self, item: Item, row: RowId) -> list[Example]:
-        """One example; or several for a conversation whose template renders earlier turns anew (see above).
+        """One example; two for a preference; or several for a conversation whose template renders earlier turns anew.
 
         Raises BadRow where the template refuses the row, ModelError where no row could be rendered, and SafetyError for
         a template that is not to be run.
         """
         if isinstance(item, Labelled):
             return [self._labelled(item, row)]
-        item = self._as_rendered(item)
-        if isinstance(item, Conversation):
-            self._all_is_read(item)
-            tokens = self._conversation(CHOOSE[self.train_on](item.messages), item.tools)
-        else:
-            tokens = [self._text(item.spans) if isinstance(item, Text) else (list(item.input_ids), list(item.weights))]
-        for input_ids, _ in tokens:
-            self._one_bos(input_ids)
-        if self.train_on == "all":
-            tokens = _all_trained(tokens)
-        return [Example(input_ids, weights, row) for input_ids, weights in tokens]
+        if isinstance(item, Preference):
+            return [self._side(item.chosen, CHOSEN, row), self._side(item.rejected, REJECTED, row)]
+        return [Example(input_ids, weights, row) for input_ids, weights in self._tokens(item, self.train_on)]
 
     def foresee(self, items: Iterable[Item]) -> None:
         """Render and tokenize together what `render` will ask for one by one; it changes nothing but the time that takes."""
         spans, prompts = list[str](), dict[tuple[Hashable, ...], Prompt]()
-        for item in map(self._as_rendered, items):
+        for item, train_on in self._alone(items):
             if isinstance(item, Text):
                 spans += accumulate(span.text for span in item.spans)
             elif isinstance(item, Conversation) and self.has_template:
-                prompts |= {prompt.key: prompt for prompt in self._prompts(item)}
+                prompts |= {prompt.key: prompt for prompt in _prompts(item, train_on)}
         self._foreseen = self._rendered_together(prompts)
         self._encode.foresee([*spans, *self._foreseen.values()])
 
@@ -168,6 +163,34 @@ class Renderer:
         """The tokens of a text that is to be continued, with the BOS that the tokenizer puts before it, once."""
         ids = self._encode(text)
         return ids if ids[:1] == self._bos else self._bos + ids
+
+    def _tokens(self, item: Item, train_on: str) -> list[tuple[list[int], list[float]]]:
+        """The tokens and weights of each example."""
+        item = self._as_rendered(item)
+        if isinstance(item, Conversation):
+            self._all_is_read(item)
+            tokens = self._conversation(CHOOSE[train_on](item.messages), item.tools)
+        else:
+            tokens = [self._text(item.spans) if isinstance(item, Text) else (list(item.input_ids), list(item.weights))]
+        for input_ids, _ in tokens:
+            self._one_bos(input_ids)
+        return _all_trained(tokens) if train_on == "all" else tokens
+
+    def _side(self, item: Item, side: str, row: RowId) -> Example:
+        tokens = self._tokens(item, "answers")
+        if len(tokens) > 1:
+            what = f"the chat template renders earlier turns anew, so the answers of `{side}` are not one text"
+            raise BadRow(what, fix="let the two differ in their last answer alone")
+        [(input_ids, weights)] = tokens
+        return Example(input_ids, weights, row, side=side)
+
+    def _alone(self, items: Iterable[Item]) -> Iterator[tuple[Item, str]]:
+        """Each item that is rendered by itself, and what of it is trained."""
+        for item in items:
+            if isinstance(item, Preference):
+                yield from ((self._as_rendered(side), "answers") for side in (item.chosen, item.rejected))
+            else:
+                yield self._as_rendered(item), self.train_on
 
     def _labelled(self, item: Labelled, row: RowId) -> Example:
         if item.label not in self.labels:
@@ -208,14 +231,6 @@ class Renderer:
         if not isinstance(item, Instruction):
             return item
         return as_conversation(item) if self.has_template else as_text(item)
-
-    def _prompts(self, talk: Conversation) -> Iterator[Prompt]:
-        """What `_turn` has rendered for each answer, as far as it can be known."""
-        with suppress(BadRow):  # `render` comes upon it too
-            messages = CHOOSE[self.train_on](talk.messages)
-            for end in (end for end, message in enumerate(messages, 1) if message.train and end > 1):
-                yield Prompt(messages[: end - 1], talk.tools, True)
-                yield Prompt(messages[:end], talk.tools, False)
 
     def _rendered_together(self, prompts: Mapping[tuple[Hashable, ...], Prompt]) -> dict[Hashable, str]:
         """The prompts as texts, by their keys; without those that are better rendered alone, to see what is wrong."""
@@ -404,6 +419,15 @@ class Renderer:
 
     def _decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def _prompts(talk: Conversation, train_on: str) -> Iterator[Prompt]:
+    """What is rendered for each answer, as far as it can be known."""
+    with suppress(BadRow):  # `render` comes upon it too
+        messages = CHOOSE[train_on](talk.messages)
+        for end in (end for end, message in enumerate(messages, 1) if message.train and end > 1):
+            yield Prompt(messages[: end - 1], talk.tools, True)
+            yield Prompt(messages[:end], talk.tools, False)
 
 
 def truncate(example: Example, max_length: int) -> Example:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lora_cli.data.examples import Examples
+from lora_cli.data.formats import PREFERENCE
 from lora_cli.data.order import epoch_length
 from lora_cli.data.tokenizing import NAMED_ROWS, Faults, How, Made
 from lora_cli.errors import DataError, Problem
@@ -70,7 +71,9 @@ class DataReport:
         if self.labels:
             learned = f"{len(self.labels):,} labels, {self.tokens:,} tokens"
         parts = [f"{self.rows:,} rows ({', '.join(sorted(set(self.formats.values())))}), {learned}"]
-        if self.examples != self.used:
+        if PREFERENCE in self.formats.values():
+            parts.append(f"{self.examples:,} examples, two for a pair")
+        elif self.examples != self.used:
             parts.append(f"{self.examples:,} examples, for the chat template renders earlier turns anew")
         parts += [f"{count:,} left out ({reason})" for reason, count in self.dropped.items()]
         if self.cut_rows:

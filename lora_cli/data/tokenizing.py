@@ -171,6 +171,8 @@ class Tokenizing:
                 made.fault = type(error), error.problems
                 return
             kept = [short for example in full if (short := truncate(example, self.how.max_length)).items]
+            if full[0].side and len(kept) < len(full):
+                kept = []  # of a pair neither is of use alone
             made.lengths.update(example.full_length for example in full)
             made.prompts.update(example.prompt_length for example in full)
             made.without_answer += not kept

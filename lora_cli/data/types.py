@@ -1,8 +1,8 @@
-"""The stations of one training example: Conversation, Instruction, Text, Tokens or Labelled -> Example -> Batch.
+"""The stations of one training example: Conversation, Instruction, Text, Tokens, Labelled or Preference -> Example -> Batch.
 
 A row of a file becomes a Conversation (turns, to be rendered by the chat template), an Instruction (a chat where there
-is a template, else a written prompt), a Text (spans, rendered as they stand), Tokens (which need no rendering) or a
-Labelled text (to be classified); rendering gives an Example (tokens and their weights); collating gives a Batch
+is a template, else a written prompt), a Text (spans, rendered as they stand), Tokens (which need no rendering), a
+Labelled text (to be classified) or a Preference (two of the others, of which one is better); rendering gives an Example (tokens and their weights); collating gives a Batch
 (tensors).
 """
 
@@ -103,7 +103,16 @@ class Labelled:
     pair: str | None = None
 
 
-Item = Conversation | Instruction | Text | Tokens | Labelled
+@dataclass(frozen=True)
+class Preference:
+    """Two answers to one prompt, each with the prompt before it; in both, only what follows the prompt is trained."""
+
+    chosen: Conversation | Instruction | Text
+    rejected: Conversation | Instruction | Text
+
+
+Item = Conversation | Instruction | Text | Tokens | Labelled | Preference
+CHOSEN, REJECTED = "chosen", "rejected"
 
 
 @dataclass(frozen=True)
@@ -146,6 +155,7 @@ class Example:
     cut: int = 0  # tokens that max_length removed
     repeats: float = 1.0  # how often an epoch takes it, on average
     label: int | None = None  # the number of its label, where rows are classified
+    side: str = ""  # CHOSEN or REJECTED, of a pair: its two examples stand one behind the other
     segments: tuple[int, ...] | None = (
         None  # 0 for tokens of its text, 1 for those of its pair, where the model tells them
     )

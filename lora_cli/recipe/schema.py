@@ -30,7 +30,7 @@ Schedule = Literal[
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
 ]
 
-Format = Literal["auto", "text", "completion", "alpaca", "messages", "sharegpt", "tokens", "labelled"]
+Format = Literal["auto", "text", "completion", "alpaca", "messages", "sharegpt", "preference", "tokens", "labelled"]
 
 
 NO_LABELS = ("0", "1")  # of a head that must be counted before its labels are known

@@ -21,13 +21,13 @@ from lora_cli.budget.modules import counted, whole_of, whole_paths
 from lora_cli.budget.params import budget_of
 from lora_cli.data.chat_template import tokenized
 from lora_cli.data.duplicates import found_in
-from lora_cli.data.examples import Array, Block, Examples
-from lora_cli.data.formats import FORMATS
+from lora_cli.data.examples import SIDES, Array, Block, Examples
+from lora_cli.data.formats import FORMATS, PREFERENCE
 from lora_cli.data.pipeline import OnTokenized
 from lora_cli.data.render import Renderer, as_conversation
 from lora_cli.data.report import MAX_DROPPED
 from lora_cli.data.sources import label, quote, rows
-from lora_cli.data.types import BadRow, Conversation, Example, Instruction, RowId
+from lora_cli.data.types import CHOSEN, REJECTED, BadRow, Conversation, Example, Instruction, Preference, RowId
 from lora_cli.errors import DataError, ModelError, Problem, RecipeError, SafetyError, StorageError, UserError
 from lora_cli.lora.targets import check_patterns, choose_targets
 from lora_cli.lora.weights import weights_of
@@ -37,7 +37,7 @@ from lora_cli.recipe.reader import LoadedRecipe
 from lora_cli.recipe.schema import Recipe, labels_of, objective_of, share_of, sources_of
 from lora_cli.runs.figures import Figures, figures_of
 from lora_cli.runs.parts import Rows
-from lora_cli.runs.rows import load_rows, new_head, planned
+from lora_cli.runs.rows import load_rows, new_head, planned, refuse_pairs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -46,10 +46,11 @@ log = logging.getLogger(__name__)
 
 FEW_STEPS = 50
 FEW_ROWS = 500
-TALKING = ("messages", "sharegpt", "alpaca")  # formats that the chat template renders
+TALKING = ("messages", "sharegpt", "alpaca", PREFERENCE)  # formats that the chat template renders
 SAMPLED = 32  # rows of a source whose prompts are rendered as inference renders them
 NAMED = 5  # rows that a message names
 LARGEST_SHARE = 0.8  # of the rows, that one label may have
+UNLIKE_LENGTHS = 2  # times as many tokens in the answers of one side as of the other
 IMBALANCE = 10  # times as many rows of one label as of another
 NO_TALK = "no row is a conversation: prompts are plain text"
 COPIES = 1 + 2  # an adapter in a checkpoint, with Adam's two moments
@@ -114,7 +115,9 @@ def check(loaded: LoadedRecipe, progress: OnTokenized | None = None) -> Report:
     if base is None:
         return Report(tuple(faults), None)
     tokenizer = _made("tokenizer", lambda: load_tokenizer(base.folder, writes=labels_of(training) is None), faults)
-    found = _made("rows", lambda: load_rows(loaded, tokenizer, progress), faults) if tokenizer else None
+    found = _made("rows", lambda: load_rows(loaded, tokenizer, progress, pairs=True), faults) if tokenizer else None
+    if found:
+        _made("objective", lambda: refuse_pairs(found.report), faults)
     head = new_head(training, found.labels if found else ())
     facts = Facts(loaded, tokenizer, found, _made("model", lambda: skeleton(base.folder, head), faults))
     findings = (*faults, *_findings(facts))
@@ -317,6 +320,18 @@ def labels_are_balanced(facts: Facts) -> str | Problem:
     return f"{len(labels):,} labels, the rarest with {few:,} training rows, the most common with {many:,}"
 
 
+def pairs_are_of_a_length(facts: Facts) -> str | Problem | None:
+    """Where the better answers are much longer, length is what is easiest to learn (Singhal et al. 2023)."""
+    sides, trained = facts.examples.column("side"), facts.examples.column("trained")
+    if not sides.any():
+        return None
+    chosen, rejected = (float(trained[sides == SIDES.index(side)].mean()) for side in (CHOSEN, REJECTED))
+    what = f"{np.count_nonzero(sides) // 2:,} pairs; {chosen:,.0f} trained tokens a chosen answer, {rejected:,.0f} a rejected one"
+    if max(chosen, rejected) < UNLIKE_LENGTHS * min(chosen, rejected):
+        return what
+    return Problem(what, fix="even the lengths out: a model learns first to be as long as what was chosen")
+
+
 def rows_are_many(facts: Facts) -> str | Problem:
     count = len(np.unique(Examples.of(facts.rows.train).row_keys))
     if count >= FEW_ROWS:
@@ -328,7 +343,7 @@ def rows_are_many(facts: Facts) -> str | Problem:
 class Check(NamedTuple):
     name: str
     needs: tuple[str, ...]  # the Facts it reads that may be missing
-    prove: Callable[[Facts], str | Problem]
+    prove: Callable[[Facts], str | Problem | None]  # None: it's about nothing that is there
     only: str | None = None  # the objective it is about
 
 
@@ -336,6 +351,7 @@ CHECKS = (
     Check("trained", ("rows",), something_is_trained),
     Check("labels", ("rows",), labels_are_balanced, only="classify"),
     Check("stop", ("rows",), turns_end_on_a_stop_token, only="sft"),
+    Check("pairs", ("rows",), pairs_are_of_a_length),
     Check("bos", ("rows",), begins_once),
     Check("template", ("rows",), prompts_are_those_of_inference, only="sft"),
     Check("held-out", ("rows",), held_out_rows_are_unseen),
@@ -377,7 +393,7 @@ def _findings(facts: Facts) -> list[Finding]:
         except UserError as error:
             found += _failed(check.name, error)
         else:
-            found.append(_passed(check.name, proved))
+            found += [] if proved is None else [_passed(check.name, proved)]
     return found
 
 
@@ -446,7 +462,10 @@ def _conversations(facts: Facts) -> Iterator[tuple[RowId, Conversation]]:
             ours = {name: columns[theirs] for name, theirs in names.items() if theirs in columns}
             with suppress(BadRow):
                 item = FORMATS[format].parse(columns | ours)
-                yield row, as_conversation(item) if isinstance(item, Instruction) else item
+                for side in (item.chosen, item.rejected) if isinstance(item, Preference) else (item,):
+                    talk = as_conversation(side) if isinstance(side, Instruction) else side
+                    if isinstance(talk, Conversation):
+                        yield row, talk
 
 
 def _inference_prompts(tokenizer: "PreTrainedTokenizerBase", talk: Conversation) -> Iterator[list[int]]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lora_cli.data.examples import Examples
+from lora_cli.data.formats import PREFERENCE
 from lora_cli.data.order import Plan, epoch_length, plan, split
 from lora_cli.data.pipeline import OnTokenized, load_examples
 from lora_cli.data.report import DataReport
@@ -25,8 +26,17 @@ Loaded = tuple[Examples, DataReport]
 NAMED = 5  # rows that a message names
 
 
-def load_rows(loaded: LoadedRecipe, tokenizer: "PreTrainedTokenizerBase", progress: OnTokenized | None = None) -> Rows:
-    """Training and held-out examples of a recipe: `data.eval` is a share of the training rows, or a source of its own."""
+def load_rows(
+    loaded: LoadedRecipe,
+    tokenizer: "PreTrainedTokenizerBase",
+    progress: OnTokenized | None = None,
+    *,
+    pairs: bool = False,
+) -> Rows:
+    """Training and held-out examples of a recipe: `data.eval` is a share of the training rows, or a source of its own.
+
+    Raises DataError for preferences, which no objective learns, unless they are only to be looked at (`pairs`).
+    """
     data, labels = loaded.recipe.data, labels_of(loaded.recipe.training)
     load = _loader(data, loaded.path.parent, tokenizer, progress)
     examples, report = load(data.train, labels=labels)
@@ -39,6 +49,8 @@ def load_rows(loaded: LoadedRecipe, tokenizer: "PreTrainedTokenizerBase", progre
         rows = Rows(examples, held_out, report, held_out_report)
     if labels is not None:
         _check_labels(rows)
+    if not pairs:
+        refuse_pairs(report)
     return rows
 
 
@@ -51,7 +63,22 @@ def rows_of_file(
 ) -> Loaded:
     """All rows of one source, relative to the current folder, read as `data` says (by default, as they come), and
     classified where there are labels."""
-    return _loader(data or Data(train=source), Path(), tokenizer, progress)(source, labels=labels)
+    found = _loader(data or Data(train=source), Path(), tokenizer, progress)(source, labels=labels)
+    refuse_pairs(found[1])
+    return found
+
+
+def refuse_pairs(report: DataReport) -> None:
+    """DataError where a source holds preferences: to learn both sides alike would teach what was rejected."""
+    if of_pairs := [source for source, format in report.formats.items() if format == PREFERENCE]:
+        raise DataError(
+            Problem(
+                "the rows are preferences (`chosen` and `rejected`), and no objective learns from them yet",
+                where=", ".join(of_pairs),
+                fix="to learn the chosen answers alone, set `data.format: completion` and `data.columns: "
+                "{completion: chosen}`; where they are whole conversations, `messages` and `{messages: chosen}`",
+            )
+        )
 
 
 def new_head(training: Training, labels: Sequence[str], pad_token_id: int | None = None) -> Head | None:

@@ -55,7 +55,7 @@ def prepare_rows(loaded: LoadedRecipe, progress: OnTokenized | None = None) -> P
     model = loaded.recipe.model
     folder = resolve_base(model.base, model.revision, weights=False).folder
     tokenizer = load_tokenizer(folder, writes=labels_of(loaded.recipe.training) is None)
-    return Prepared(loaded, tokenizer, load_rows(loaded, tokenizer, progress))
+    return Prepared(loaded, tokenizer, load_rows(loaded, tokenizer, progress, pairs=True))
 
 
 @dataclass(frozen=True)

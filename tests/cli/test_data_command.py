@@ -157,3 +157,38 @@ def test_a_terminal_gets_colour_and_no_brackets(recipe, tmp_path):
     os.close(host)
     assert "\x1b[32m sat<|im_end|>\x1b[0m" in text
     assert "⟦" not in text
+
+
+def test_both_sides_of_a_pair_are_shown_and_counted_and_nothing_trains_on_them(lora, recipe, tmp_path):
+    file = recipe()
+    write(tmp_path, *({"prompt": f"the cat {n}", "chosen": " sat", "rejected": " " + "mat " * n} for n in range(3, 9)))
+
+    shown = lora("data", file, "--limit", 2).out.splitlines()
+    checked = lora("check", file, code=3).out
+    refused = lora("train", file, code=3).err
+
+    assert shown[0].endswith(" trained · cut 0 · chosen")
+    assert shown[1] == "the cat 3⟦ sat<|im_end|>⟧"
+    assert shown[3].endswith(" trained · cut 0 · rejected")
+    assert "warn  pairs       6 pairs; 2 trained tokens a chosen answer, " in checked
+    assert "rows        6 (preference); 12 examples (two a pair) to train on, 0 held out" in checked
+    what = "the rows are preferences (`chosen` and `rejected`), and no objective learns from them yet"
+    assert f"fail  objective   {what}" in checked
+    assert f"error: {what}" in refused
+
+
+@pytest.mark.parametrize(
+    ("format", "row"),
+    [
+        ("completion", {"prompt": "the cat", "chosen": " sat", "rejected": " mat"}),
+        ("messages", {side: [{"role": "user", "content": "what"}, {"role": "assistant", "content": side}] for side in ("chosen", "rejected")}),
+    ],
+)  # fmt: skip
+def test_the_chosen_answers_alone_are_learned_where_that_is_asked_for(format, row, lora, recipe, tmp_path):
+    file = recipe({"data.format": format, "data.columns": {format: "chosen"}})
+    write(tmp_path, row)
+
+    [found] = lora("data", file, "--json").json["examples"]
+
+    assert "side" not in found
+    assert "rejected" not in "".join(found["texts"])

@@ -98,12 +98,12 @@ def test_a_labelled_row_is_read_where_it_is_asked_for_and_is_a_text_elsewhere(ro
 
 
 def test_every_format_is_tested():
-    assert {name for name, _, _ in ROWS} | {"labelled"} == set(FORMATS)
+    assert {name for name, _, _ in ROWS} | {"labelled", "preference"} == set(FORMATS)
 
 
 @pytest.mark.parametrize(
     "columns",
-    [[], ["prompt"], ["prompt", "response", "output"], ["prompt", "chosen", "rejected"], ["question", "answer"]],
+    [[], ["prompt"], ["prompt", "response", "output"], ["prompt", "chosen"], ["question", "answer"]],
 )
 def test_columns_that_fit_no_format_or_two_ways_are_not_guessed(columns):
     assert detect(columns) is None

@@ -132,7 +132,7 @@ def test_columns_that_fit_no_format_name_the_formats(tmp_path, tokenizer):
     assert refused(tmp_path, tokenizer) == (
         "error: the columns `question`, `ans\\x1bwer` fit no format\n"
         "  --> train.jsonl\n"
-        "  fix: set `data.columns` or `data.template`; the formats are tokens (input_ids), messages (messages), sharegpt (conversations), alpaca (instruction + output), "
+        "  fix: set `data.columns` or `data.template`; the formats are tokens (input_ids), preference (chosen + rejected), messages (messages), sharegpt (conversations), alpaca (instruction + output), "
         "completion (prompt + completion|response|output), text (text)"
     )
 
