@@ -597,6 +597,13 @@ MUTANTS = (
         "",
         "laws/test_run_folder.py::test_a_folder_another_run_writes_to_is_refused",
     ),
+    Mutant(
+        "started again for want of memory, the forwards are as large as before",
+        "runs/train.py",
+        "    if shortage:\n        progress.layout",
+        "    if False:\n        progress.layout",
+        "laws/test_less_memory.py::test_where_others_wait_in_a_forward_all_leave_and_start_again",
+    ),
     # Merging
     Mutant(
         "a merge rounds twice",
@@ -627,6 +634,35 @@ MUTANTS = (
         'if adapter.digest() in [entry["sha256"] for entry in merge_record(base_folder)["adapters"]]:',
         "if False:",
         "export/test_merged.py::test_merging_the_same_adapter_twice_is_refused",
+    ),
+    # Code from elsewhere
+    Mutant(
+        "code that was not named is run",
+        "models/trust.py",
+        "if all(found.commit != (revision or digest) for found in named):",
+        "if not named:",
+        "cli/test_trust_remote_code.py::test_what_was_not_named_does_not_run",
+    ),
+    Mutant(
+        "what is named in part is trusted",
+        "models/trust.py",
+        'COMMIT = re.compile(r"[0-9a-f]{40}")',
+        'COMMIT = re.compile(r"[0-9a-f]+")',
+        "cli/test_trust_remote_code.py::test_a_flag_without_a_full_commit_is_exit_2",
+    ),
+    Mutant(
+        "a base that is trusted names code of another repository",
+        "models/trust.py",
+        "    _refuse_code_elsewhere(folder)\n    trusted",
+        "    trusted",
+        "cli/test_trust_remote_code.py::test_what_else_it_asks_for_stays_refused",
+    ),
+    Mutant(
+        "trust outlasts its command",
+        "cli/options.py",
+        "    trust(flags or [])",
+        "    flags and trust(flags)",
+        "cli/test_trust_remote_code.py::test_it_holds_for_one_command",
     ),
     # Recipes and errors
     Mutant(

@@ -374,10 +374,16 @@ lora:
   r: x  # password: hunter2
 wandb_password: "hunter2"
 """
+OVERRIDES = [
+    "training.x_token=hunter2",
+    "lora.r=hunter2 password=hunter2",
+    "model.hub_auth=hunter2",
+    "data.password.of=hunter2",
+]
 
 
 def test_a_secret_is_refused_and_never_echoed_nor_a_line_that_holds_one(recipe_file):
-    told = refusal(RecipeError, recipe_file(SECRETS), ["training.x_token=hunter2", "lora.r=hunter2 password=hunter2"])
+    told = refusal(RecipeError, recipe_file(SECRETS), OVERRIDES)
 
     assert "hunter2" not in told
     assert told.startswith(
@@ -385,7 +391,7 @@ def test_a_secret_is_refused_and_never_echoed_nor_a_line_that_holds_one(recipe_f
         "  --> r.yaml:3:3\n"
         "  fix: remove it; tokens come from the environment (`HF_TOKEN`) or `hf auth login`\n"
     )
-    for key in ("model.my_secret", "data.api_key", "wandb_password", "training.x_token"):
+    for key in ("model.my_secret", "data.api_key", "wandb_password", "training.x_token", "model.hub_auth"):
         assert f"error: `{key}` looks like a secret" in told
 
 
