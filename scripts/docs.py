@@ -62,9 +62,18 @@ def _first_sentence(path: Path) -> str:
     return docstring.split("\n\n")[0].replace("\n", " ").split(". ")[0].rstrip(".:")
 
 
+def weights_page() -> str:
+    """docs/weights.md, from the table that the tests go through."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    from method_by_weight import page
+
+    return page()
+
+
 PAGES: tuple[tuple[str, Callable[[], str]], ...] = (
     ("docs/recipe.md", recipe_page),
     ("docs/recipe.schema.json", recipe_schema_text),
+    ("docs/weights.md", weights_page),
     ("README.md", readme),
 )
 

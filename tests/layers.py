@@ -89,8 +89,8 @@ MAKERS: dict[str, Callable[[Tensor, Tensor], nn.Module]] = {
     "Linear8bitLt": _linear8bit,
     "Embedding": _embedding,
     "Conv1d": _convolution(nn.Conv1d, (4,), stride=2, padding=1),
-    "Conv2d": _convolution(nn.Conv2d, (2, 2), stride=(2, 1), padding=(0, 1), dilation=2),
-    "Conv3d": _convolution(nn.Conv3d, (2, 1, 2), padding="same", padding_mode="circular"),
+    "Conv2d": _convolution(nn.Conv2d, (2, 2), stride=(2, 1), padding=(0, 1)),
+    "Conv3d": _convolution(nn.Conv3d, (2, 1, 2), stride=(1, 1, 2), padding=1),
 }
 CONVOLUTIONS = {"Conv1d": (9,), "Conv2d": (6, 5), "Conv3d": (3, 2, 4)}  # and the sides of what they see
 

@@ -16,6 +16,7 @@ from transformers import (
     GemmaConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GptOssConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -24,7 +25,10 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
     RobertaConfig,
+    ViTConfig,
+    ViTModel,
 )
 
 VOCABULARY = 320
@@ -66,6 +70,15 @@ CONFIGS = {
     "falcon": lambda: FalconConfig(**_without("num_key_value_heads", "intermediate_size"), ffn_hidden_size=48),
     "mixtral": lambda: MixtralConfig(**_SHAPE, num_local_experts=4, num_experts_per_tok=2),
 }
+# Other experts than Mixtral's: those of Qwen lie in files of other names, those of gpt-oss are turned, interleaved and whole
+EXPERTS = {
+    "qwen3_moe": lambda: Qwen3MoeConfig(
+        **_SHAPE, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, norm_topk_prob=True
+    ),
+    "gpt_oss": lambda: GptOssConfig(
+        **_SHAPE, head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=64
+    ),
+}
 
 
 ENCODERS = {
@@ -88,10 +101,22 @@ def tiny_encoder(folder: Path, name: str = "bert", *, dtype: torch.dtype = torch
     return folder
 
 
+def tiny_encoder_model(name: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return AutoModel.from_config(ENCODERS[name]()).eval()
+
+
+def tiny_vit() -> ViTModel:
+    """Sees pictures of 8 × 8, in four patches."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return ViTModel(ViTConfig(**shape, image_size=8, patch_size=4)).eval()
+
+
 def tiny_model(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.nn.Module:
     """A random model of the architecture, in evaluation mode, without dropout."""
     torch.manual_seed(seed)
-    config = CONFIGS[name]()
+    config = (CONFIGS | EXPERTS)[name]()
     for key in ("attn_pdrop", "resid_pdrop", "embd_pdrop", "attention_dropout", "hidden_dropout", "dropout"):
         if hasattr(config, key):
             setattr(config, key, 0.0)

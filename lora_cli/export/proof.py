@@ -110,7 +110,7 @@ def prove(
         adapter,
         token_rows,
         device=device,
-        fold=lambda model: _fold(model, adapter, stored),
+        fold=lambda model: merge_in_memory(model, adapter, stored),
         load=lambda config: load_model(Base(base.name, merged_folder), dtype=dtype, device=device, head=whole),
     )
     if stored == dtype == torch.float32 and not proof.largest_logit_difference <= NOISE * proof.largest_logit:
@@ -134,7 +134,7 @@ def prove_file(
     dtype = compute_dtype(base.folder, device)
 
     def fold(model: nn.Module) -> None:
-        _fold(model, adapter, torch.float32)
+        merge_in_memory(model, adapter, torch.float32)
         _round(model, rounded)
 
     def load(config: "PretrainedConfig") -> nn.Module:
@@ -327,7 +327,7 @@ def _stored_dtypes(merged: Path, base: Path, adapter: Adapter) -> dict[str, torc
 
 
 @torch.no_grad()
-def _fold(model: nn.Module, adapter: Adapter, stored: dict[str, torch.dtype] | torch.dtype) -> None:
+def merge_in_memory(model: nn.Module, adapter: Adapter, stored: dict[str, torch.dtype] | torch.dtype) -> None:
     """Replace each LoRA layer, and what is trained whole, by its base with the new weights, rounded as they are stored.
 
     In place.

@@ -39,6 +39,11 @@ class LoRAExperts(StandIn):
         self.base = base
 
     def add(self, weight: Weight, config: LoRAConfig) -> LoRAExpertWeight:
+        """Raises ValueError for DoRA."""
+        if config.use_dora:
+            raise ValueError(
+                "PEFT's format has no magnitudes for experts, so that nothing could read it with `use_dora`"
+            )
         layer = LoRAExpertWeight(weight, config)
         setattr(self, weight.parameter, layer)
         return layer

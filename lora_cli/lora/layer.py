@@ -98,7 +98,7 @@ class LoRAModule(LoRALayer, StandIn):
     def _dora(self, y: Tensor, update: Tensor) -> Tensor:
         """m · (W₀ + ΔW) / ‖W₀ + ΔW‖ as a correction of y; the norm is a constant to the gradient (DoRA, section 4.3)."""
         with torch.no_grad():
-            norm = merged_weight(self.dense(), *self.factors(), self.scale).norm(dim=-1)
+            norm = row_norms(merged_weight(self.dense(), *self.factors(), self.scale))
         gain = _before(self.trailing, self.magnitude / norm)
         bias = self.frozen.bias
         without_bias = y if bias is None else y - _before(self.trailing, bias.to(y.dtype))
@@ -120,7 +120,12 @@ class LoRALinear(LoRAModule):
 def merged_weight(W: Tensor, A: Tensor, B: Tensor, scale: float, magnitude: Tensor | None = None) -> Tensor:
     """[out, in] float32: W + scale · B A; with a magnitude [out], its rows scaled to that length (DoRA, equation 5)."""
     merged = torch.addmm(W.float(), B.float(), A.float(), alpha=scale)
-    return merged if magnitude is None else merged * (magnitude.float() / merged.norm(dim=1)).unsqueeze(1)
+    return merged if magnitude is None else merged * (magnitude.float() / row_norms(merged)).unsqueeze(1)
+
+
+def row_norms(W: Tensor) -> Tensor:
+    """[out]: what DoRA divides by. A row of zeros (the embedding of a token that pads) has no direction, and stays zero."""
+    return W.norm(dim=-1).clamp(min=torch.finfo(W.dtype).tiny)
 
 
 def _before(trailing: int, channels: Tensor) -> Tensor:

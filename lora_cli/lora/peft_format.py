@@ -256,7 +256,8 @@ def to_peft(config: LoRAConfig, transposed: bool = False) -> dict:
         "revision": config.revision,
         "r": config.r,
         "lora_alpha": _whole(config.lora_alpha),
-        "lora_dropout": config.lora_dropout,
+        # PEFT has none where parameters are targets, and refuses any
+        "lora_dropout": 0.0 if config.target_parameters else config.lora_dropout,
         "target_modules": sorted(config.target_modules),
         "exclude_modules": None,
         "rank_pattern": dict(config.rank_pattern),

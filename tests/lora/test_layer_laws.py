@@ -2,9 +2,23 @@
 
 import pytest
 import torch
-from layers import MAKERS, PATH, VARIANTS, acting, config_of, frozen, inputs, relative_difference, trained, with_adapter
+from layers import (
+    MAKERS,
+    PATH,
+    VARIANTS,
+    Holder,
+    acting,
+    config_of,
+    frozen,
+    inputs,
+    randomize,
+    relative_difference,
+    trained,
+    with_adapter,
+)
 from torch import Tensor, nn
 
+from lora_cli.errors import ModelError
 from lora_cli.lora.adapter import Adapter
 from lora_cli.lora.init import INITS
 from lora_cli.lora.inject import disabled, inject, lora_layers
@@ -216,6 +230,43 @@ def test_dora_over_bfloat16_does_not_round_small_gains_away():
 
     gain = ((after * before).sum() / before.pow(2).sum()).item()
     assert gain == pytest.approx(1.003, abs=0.001)
+
+
+@pytest.mark.parametrize("variant", ["plain", "dora"])
+@pytest.mark.parametrize("settings", [{"dilation": 2}, {"padding": "same", "padding_mode": "circular"}], ids=str)
+def test_a_convolution_is_merged_with_its_own_dilation_and_padding(variant, settings):
+    model = Holder(nn.Conv2d(3, 8, 3, **settings))
+    inject(model, config_of(variant), [PATH])
+    randomize(model)
+    x = torch.randn(2, 3, 9, 7)
+    expected = model(x)
+
+    weight = layer_of(model).frozen
+    merged = Adapter.of(model, config_of(variant)).layers[PATH].merge_into(weight.dense(), 1.5)
+    weight.tensor.data.copy_(merged.view_as(weight.tensor))
+
+    assert relative_difference(weight.module(x), expected) <= ROUNDING
+
+
+def test_a_convolution_with_groups_is_refused_with_the_reason():
+    with pytest.raises(ModelError, match="proj can't get an adapter: its 2 groups see a part of the channels each"):
+        inject(Holder(nn.Conv2d(4, 8, 3, groups=2)), config_of("plain"), [PATH])
+
+
+@pytest.mark.parametrize("storage", ["Linear", "Conv1D", "Conv2d"])
+def test_dora_leaves_a_row_of_zeros_zero_and_its_gradients_finite(storage):
+    """The row of the token that pads, in a head that is tied to the embedding."""
+    model, x = frozen(storage), inputs(storage)
+    with torch.no_grad():
+        model.proj.weight.select(1 if storage == "Conv1D" else 0, 0).zero_()
+        base = model(x)
+    inject(model, config_of("dora"), [PATH])
+
+    assert relative_difference(model(x), base) <= ROUNDING
+    model(x).pow(2).sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    adapter = Adapter.of(model, config_of("dora"))
+    assert adapter.layers[PATH].merge_into(layer_of(model).dense(), 1.5).isfinite().all()
 
 
 @every_storage

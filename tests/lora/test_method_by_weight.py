@@ -1,0 +1,146 @@
+"""Every method on every weight: the laws of an adapter, and PEFT beside it, over the table that docs/weights.md shows."""
+
+import logging
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from layers import MAKERS, frozen, inputs, randomize, relative_difference
+from method_by_weight import METHODS, WEIGHTS, WITHOUT
+from peft import PeftModel
+from tiny import ENCODERS, tiny_base, tiny_encoder_model, tiny_model, tiny_vit
+from torch import Tensor, nn
+
+from lora_cli.budget.modules import counted
+from lora_cli.budget.params import budget_of
+from lora_cli.errors import ModelError
+from lora_cli.export.proof import merge_in_memory
+from lora_cli.lora.adapter import Adapter
+from lora_cli.lora.config import LoRAConfig
+from lora_cli.lora.init import INITS
+from lora_cli.lora.inject import disabled, inject, names_of_targets
+from lora_cli.lora.peft_format import load_adapter, save_adapter
+from lora_cli.lora.targets import choose_targets
+from lora_cli.lora.weights import fan_in_fan_out, weights_of
+from lora_cli.models.base import Base
+from lora_cli.models.load import load_model
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning"),  # PEFT's, on tied weights
+    # PEFT gives parameters the ranks of their patterns, and then looks for these among modules alone
+    pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning"),
+]
+
+IDS = torch.tensor([[5, 17, 200, 31, 8, 90, 41], [7, 300, 12, 12, 64, 1, 2]])
+# float32, against the largest output: the same sums in another order; with DoRA quotients of norms, and PiSSA and OLoRA
+# take a start off again that is as large as the weight
+AGREE, AGREE_LARGE = 2e-6, 1e-5
+CELLS = [(weight, method) for weight in WEIGHTS for method in METHODS]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tiny_base(tmp_path_factory.mktemp("base"))
+
+
+def model_of(weight: str, folder: Path) -> nn.Module:
+    """The same at every call."""
+    name, _, quantize = WEIGHTS[weight]
+    if quantize != "none":
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+        return load_model(Base("tiny", folder), dtype=torch.float32, quantize=quantize).eval()
+    if name in MAKERS:
+        return frozen(name)
+    if name == "vit":
+        return tiny_vit()
+    model = tiny_encoder_model(name) if name in ENCODERS else tiny_model(name)
+    with torch.no_grad():  # tokens that pad begin at zero, and DoRA divides by the norm of a row: PEFT gives NaN there
+        model.get_input_embeddings().weight.add_(0.01)
+    return model
+
+
+@torch.no_grad()
+def answers(weight: str, model: nn.Module) -> Tensor:
+    name = WEIGHTS[weight].model
+    if name in MAKERS:
+        return model.eval()(inputs(name))
+    if name == "vit":
+        picture = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+        return model.eval()(pixel_values=picture).last_hidden_state
+    output = model.eval()(input_ids=IDS)
+    return output.last_hidden_state if name in ENCODERS else output.logits
+
+
+@cache
+def answers_of_base(weight: str, folder: Path) -> Tensor:
+    return answers(weight, model_of(weight, folder))
+
+
+def with_adapter(weight: str, method: str, folder: Path) -> tuple[nn.Module, LoRAConfig, list[str]]:
+    model = model_of(weight, folder)
+    paths = choose_targets(WEIGHTS[weight].targets, list(weights_of(model)))
+    settings = dict(METHODS[method])
+    init = INITS[settings.pop("init", "default")]
+    modules, parameters = names_of_targets(model, paths)
+    config = LoRAConfig(
+        **{"r": 4, "lora_alpha": 6, "target_modules": modules, "target_parameters": parameters, "task_type": None}
+        | settings
+    )
+    inject(model, config, paths, init=init, seed=1)
+    return model, config, paths
+
+
+def agree(method: str) -> float:
+    return AGREE_LARGE if method in ("DoRA", "PiSSA", "OLoRA") else AGREE
+
+
+@pytest.mark.parametrize(("weight", "method"), [cell for cell in CELLS if cell not in WITHOUT])
+def test_a_method_on_a_weight(weight, method, folder, tmp_path):
+    base = answers_of_base(weight, folder)
+
+    # it starts at the base
+    model, config, paths = with_adapter(weight, method, folder)
+    assert relative_difference(answers(weight, model), base) <= agree(method)
+
+    # switched off, it is the base bit for bit
+    randomize(model, size=0.1)
+    expected = answers(weight, model)
+    with disabled(model):
+        assert torch.equal(answers(weight, model), base)
+    assert relative_difference(expected, base) > 1e-3
+
+    # it has as many parameters as the formula says: twice as many where a start has become part of it
+    adapter = Adapter.of(model, config)
+    weights = weights_of(model_of(weight, folder))
+    budget = budget_of(counted({path: weights[path] for path in paths}), 0, config)
+    held = budget.trainable + sum(row.count * row.frozen for row in budget.rows)
+    assert adapter.parameters == held * (2 if method in ("PiSSA", "OLoRA") else 1)
+
+    # it reads back as it was written
+    save_adapter(adapter, tmp_path, transposed=fan_in_fan_out(weights[path] for path in paths))
+    again = model_of(weight, folder)
+    load_adapter(tmp_path).inject_into(again)
+    # a convolution chooses how it sums by where its weights lie in memory
+    assert relative_difference(answers(weight, again), expected) <= (AGREE if "onv" in weight else 0)
+
+    # PEFT reads it; its warnings, of keys that are missing or unexpected, are errors here
+    theirs = PeftModel.from_pretrained(model_of(weight, folder), tmp_path)
+    assert relative_difference(answers(weight, theirs), expected) <= agree(method)
+
+    # merged, it answers the same
+    if WEIGHTS[weight].quantize == "none":
+        merge_in_memory(again, load_adapter(tmp_path), torch.float32)
+        assert relative_difference(answers(weight, again), expected) <= agree(method)
+        assert not any("lora" in name for name, _ in again.named_parameters())
+
+
+@pytest.mark.parametrize(("weight", "method"), WITHOUT)
+def test_what_is_no_cell_of_the_table_is_refused_with_the_reason(weight, method, folder):
+    with pytest.raises(ModelError, match=r"can't get an adapter: PEFT's format has no magnitudes for experts"):
+        with_adapter(weight, method, folder)
+
+
+def test_what_the_table_leaves_out_is_in_it():
+    assert set(WITHOUT) <= set(CELLS)
