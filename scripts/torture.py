@@ -47,6 +47,7 @@ SETTINGS = {
     "lora.dropout": 0.1,
 }
 STEPS = 6
+TOLD_EVERY = 50  # trials
 EPOCHS = (0, 4_000_000_000)  # clocks stand anywhere from 1970 to 2096
 
 Trial = Callable[[], None]
@@ -317,7 +318,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=200, help="how many random kills; the other counts follow it")
     parser.add_argument("--seed", type=int, default=random.randrange(10**6), help="of every draw")
-    parser.add_argument("--only", default="", help="the faults whose name holds this text")
+    parser.add_argument("--only", nargs="+", default=[""], help="the faults whose name holds one of these texts")
     parser.add_argument("--page", type=Path, help="write the table here too, after each kind of fault")
     asked = parser.parse_args()
     print(f"seed {asked.seed}", file=sys.stderr)
@@ -328,7 +329,7 @@ def main() -> int:
         os.environ["XDG_CACHE_HOME"] = f"{folder}/cache"
         bench = Bench(Path(folder).resolve(), asked.kills, asked.seed)
         for sweep in SWEEP:
-            if asked.only in sweep.__doc__:
+            if any(text in sweep.__doc__ for text in asked.only):
                 print(f"      {sweep.__doc__} …", file=sys.stderr, flush=True)
                 tallies.append(tried(sweep.__doc__, sweep(bench)))
                 if asked.page:
@@ -345,7 +346,9 @@ def tried(fault: str, trials: Iterator[Trial]) -> Tally:
             trial()
         except AssertionError as error:
             tally.failures.append(str(error))
-            print(f"FAILED {fault}, trial {tally.trials}: {error}", file=sys.stderr)
+            print(f"FAILED {fault}, trial {tally.trials}: {error}", file=sys.stderr, flush=True)
+        if tally.trials % TOLD_EVERY == 0:
+            print(f"{tally.trials:5} done", file=sys.stderr, flush=True)
     tally.seconds = time.monotonic() - began
     print(f"{tally.trials:5} {fault}: {len(tally.failures)} failed, {tally.seconds:.0f} s", file=sys.stderr, flush=True)
     return tally
