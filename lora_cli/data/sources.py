@@ -27,7 +27,7 @@ from types import ModuleType
 from typing import Any
 
 from lora_cli.data.types import RowId
-from lora_cli.errors import DataError, Problem, first_line
+from lora_cli.errors import DataError, Problem, SafetyError, first_line
 from lora_cli.recipe.schema import Source
 
 Columns = dict[str, Any]
@@ -41,6 +41,9 @@ JSON_LINE = "write one JSON object a line; `data.bad_rows: skip` leaves such row
 JSON_LIST = "write one list of JSON objects"
 QUOTED = 80  # characters of a line that a message shows
 MOST_LINE_BYTES = 10_000_000  # of a line that is one row: 2.5 million tokens, far above any max_length
+MOST_BYTES_A_BYTE = 200  # that a compressed file may unpack to: text comes to 3 to 20, and to 1,000 what says nothing
+READ = 1 << 17  # bytes that are asked for at once
+FREE_BYTES = 100_000_000  # that any may
 
 # How a file begins that is not UTF-8; the longer mark first, for it begins with the shorter
 MARKS = (
@@ -197,31 +200,33 @@ def _jsonl(file: DataFile) -> Iterator[tuple[RowId, Raw]]:
 
 
 def _row_lines(file: DataFile) -> Iterator[tuple[RowId, str | Problem]]:
-    """Lines of which each is a row; one above MOST_LINE_BYTES is a Problem."""
-    for row, line in _lines(file):
-        too_long = isinstance(line, str) and len(line) > MOST_LINE_BYTES // 4 and len(line.encode()) > MOST_LINE_BYTES
-        yield row, _too_long(line, row) if too_long else line
+    """Lines of which each is a row; one above MOST_LINE_BYTES is a Problem, and never in memory as a whole."""
+    return _lines(file, most=MOST_LINE_BYTES)
 
 
-def _too_long(line: str, row: RowId) -> Problem:
-    what = f"a row of {len(line.encode()):,} bytes, and a row has at most {MOST_LINE_BYTES:,}"
-    return Problem(what, where=str(row), line=quote(line), fix="cut the document into several rows")
+def _too_long(begin: bytes, size: int, row: RowId) -> Problem:
+    what = f"a row of {size:,} bytes, and a row has at most {MOST_LINE_BYTES:,}"
+    begin = quote(begin[: 4 * QUOTED].decode(errors="replace"))
+    return Problem(what, where=str(row), line=begin, fix="cut the document into several rows")
 
 
-def _lines(file: DataFile) -> Iterator[tuple[RowId, str | Problem]]:
+def _lines(file: DataFile, most: int | None = None) -> Iterator[tuple[RowId, str | Problem]]:
     """Lines without their ends (LF or CRLF) and without a byte order mark.
 
-    A line that is not UTF-8, or that holds a NUL byte, is a Problem.
+    A line that is not UTF-8, that holds a NUL byte, or that has more than `most` bytes, is a Problem.
     """
     with file.path.open("rb", buffering=0) as stored, _inside(stored, file.path) as opened:
         file.gauge.position, file.gauge.size = stored.tell, file.path.stat().st_size
         encoding = next((encoding for mark, encoding in MARKS if opened.peek(4).startswith(mark)), None)
         # kept until the file is closed, for a wrapper that is dropped before warns of a file left open
         wrapped = io.TextIOWrapper(opened, encoding, newline="\n") if encoding else None
-        lines = (line.encode() for line in wrapped) if wrapped else opened
-        for number, raw in enumerate(lines, 1):
+        lines = ((line.encode(), 0) for line in wrapped) if wrapped else _limited(opened, most)
+        for number, (raw, left_out) in enumerate(lines, 1):
             row = RowId(file.name, number)
             raw = raw.removesuffix(b"\n").removesuffix(b"\r")
+            if most is not None and len(raw) + left_out > most:
+                yield row, _too_long(raw, len(raw) + left_out, row)
+                continue
             try:
                 text = raw.decode()
             except UnicodeDecodeError as error:
@@ -232,10 +237,46 @@ def _lines(file: DataFile) -> Iterator[tuple[RowId, str | Problem]]:
         file.gauge.position = lambda: file.gauge.size  # the file is closed now
 
 
+def _limited(opened: io.BufferedReader, most: int | None) -> Iterator[tuple[bytes, int]]:
+    """The lines, of which none is read further than a little above `most`; and how many bytes of each are left out."""
+    limit = -1 if most is None else most + 2  # with a line end
+    while raw := opened.readline(limit):
+        rest, left_out = raw, 0
+        while len(rest) == limit and not rest.endswith(b"\n"):
+            rest = opened.readline(limit)
+            left_out += len(rest.rstrip(b"\r\n"))
+        yield raw, left_out
+
+
 def _inside(stored: io.FileIO, path: Path) -> io.BufferedReader:
-    """The bytes inside a file."""
+    """The bytes inside a file. Reading them raises SafetyError where they are far more than they are packed."""
     opener = OPENERS.get(path.suffix.lower())
-    return io.BufferedReader(opener(stored) if opener else stored)
+    return io.BufferedReader(_Unpacked(opener(stored), path) if opener else stored, READ)
+
+
+class _Unpacked(io.RawIOBase):
+    """The bytes inside a compressed file, as long as they are no more than rows could ever come to."""
+
+    def __init__(self, inside: Any, path: Path) -> None:
+        self._inside, self._path = inside, path
+        self._left = FREE_BYTES + MOST_BYTES_A_BYTE * path.stat().st_size
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = self._inside.readinto(buffer)
+        self._left -= count
+        if self._left < 0:
+            what = f"it unpacks to more than {MOST_BYTES_A_BYTE} times its size, which no rows do"
+            raise SafetyError(
+                Problem(what, where=str(self._path), fix="unpack it yourself, and look at what is inside")
+            )
+        return count
+
+    def close(self) -> None:
+        self._inside.close()
+        super().close()
 
 
 def _gz(stored: io.FileIO) -> gzip.GzipFile:

@@ -4,9 +4,10 @@ import sys
 
 import pytest
 
+from lora_cli.data import sources
 from lora_cli.data.sources import JSON_LINE, MOST_LINE_BYTES, is_path, label, quote, rows
 from lora_cli.data.types import RowId
-from lora_cli.errors import DataError, Problem
+from lora_cli.errors import DataError, Problem, SafetyError
 from lora_cli.recipe.schema import Source
 
 TURNS = {"messages": [{"role": "user", "content": "é 猫\n"}, {"role": "assistant", "content": "the cat"}]}
@@ -191,6 +192,32 @@ def test_a_row_is_of_a_size_that_can_be_a_row(tmp_path):
         "a row of 10,000,001 bytes, and a row has at most 10,000,000",
         "train.jsonl:2",
     )
+
+
+def test_of_a_line_that_is_no_row_only_the_beginning_is_held(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "MOST_LINE_BYTES", 20)
+    content = '{"text": "a"}\n' + "é" * 1000 + '\r\n{"text": "b"}\r\n' + "c" * 21
+    (tmp_path / "train.jsonl").write_text(content, encoding="utf-8", newline="")
+
+    assert [found if isinstance(found, dict) else found.what for _, found in read(tmp_path)] == [
+        {"text": "a"},
+        "a row of 2,000 bytes, and a row has at most 20",
+        {"text": "b"},
+        "a row of 21 bytes, and a row has at most 20",
+    ]
+
+
+@pytest.mark.parametrize("ending", PACKED)
+def test_a_compressed_file_that_unpacks_to_what_no_rows_would_is_refused(ending, tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "FREE_BYTES", 10_000)
+    name, fair = f"bomb.jsonl{ending}", '{"text": "%s"}\n' % ("the cat " * 100)
+    (tmp_path / name).write_bytes(PACKED[ending]((fair * 10).encode()))
+    assert len(list(rows(name, folder=tmp_path))) == 10
+
+    (tmp_path / name).write_bytes(PACKED[ending](b" " * 4_000_000))
+
+    with pytest.raises(SafetyError, match="it unpacks to more than 200 times its size"):
+        list(rows(name, folder=tmp_path))
 
 
 @pytest.mark.parametrize("key", ["split", "config", "revision"])

@@ -4,6 +4,7 @@ A case is a line of a table: what is done to good files, the exit code, and what
 tests/hostile_files.py.
 """
 
+import gzip
 import json
 import pickle
 import shutil
@@ -500,6 +501,13 @@ def test_hostile_rows_are_refused(lora, work, case):  # noqa: F811
     (work / name).write_bytes(content if isinstance(content, bytes) else content.encode())
 
     refused(lora, "data", "recipe.yaml", "--set", f"data.train={name}", folder=work.parent, code=3, says=says)
+
+
+def test_rows_that_unpack_to_far_more_than_they_are_are_refused(lora, work):  # noqa: F811
+    (work / "x.jsonl.gz").write_bytes(gzip.compress(bytes(130_000_000)))
+
+    says = "it unpacks to more than 200 times its size"
+    refused(lora, "data", "recipe.yaml", "--set", "data.train=x.jsonl.gz", folder=work.parent, code=9, says=says)
 
 
 SOURCES = {
