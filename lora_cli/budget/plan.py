@@ -83,7 +83,7 @@ def _slowness(option: Option) -> tuple[float, int, int]:
 
 
 def _options(setup: Setup, lengths: Lengths, limits: Limits, rates: Rates, row_length: int | None) -> Iterator[Option]:
-    length = row_length or lengths.longest
+    length = max(row_length or 0, lengths.longest)  # of the largest forward
     in_a_step = ceil(limits.examples * lengths.mean / length) if row_length else limits.examples
     for micro_batch in _micro_batches(limits, length, limits.tokens if row_length else limits.examples):
         rows = min(micro_batch, in_a_step)
@@ -97,11 +97,15 @@ def _options(setup: Setup, lengths: Lengths, limits: Limits, rates: Rates, row_l
 
 
 def _row_lengths(lengths: Lengths, limits: Limits) -> Iterator[int | None]:
-    """Tokens of a packed row, the most first, and never less than the longest example; None where nothing is packed."""
+    """Tokens of a packed row, the most first; None where nothing is packed.
+
+    A longer example has a row of its own: to pack the short ones into rows as long would cost them attention over all of
+    it, and save nothing.
+    """
     if limits.pack_to is None:
         yield None
         return
-    row_length = max(lengths.longest, min(limits.pack_to, limits.tokens))
+    row_length = min(limits.pack_to, limits.tokens)
     yield row_length
     while row_length > lengths.longest:
         row_length = max(lengths.longest, row_length // 2)

@@ -26,13 +26,13 @@ def layout(
 ) -> Layout:
     """Rows a forward: the largest power of two that the step, and rows of the longest length, leave room for.
 
-    With `pack_to`, rows are packed to as many tokens as a forward may have, at most `pack_to`; never less than the
-    longest example.
+    With `pack_to`, rows are packed to as many tokens as a forward may have, at most `pack_to`; a longer example has a
+    row of its own.
     """
     tokens = _tokens_a_forward(vocabulary, device)
     if pack_to is not None:
-        row = max(longest, min(pack_to, tokens))
-        return Layout(_given(settings) or _power_of_two(tokens // row), row)
+        row = min(pack_to, tokens)
+        return Layout(_given(settings) or _power_of_two(tokens // max(row, longest)), row)
     per_device = -(-settings.global_batch_size // processes)
     return Layout(_given(settings) or _power_of_two(min(per_device, tokens // longest)))
 
