@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from lora_cli.export.runtimes import RUNTIMES, TRAITS
 from lora_cli.recipe.reference import recipe_page, recipe_schema
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,10 +71,28 @@ def weights_page() -> str:
     return page()
 
 
+def export_page() -> str:
+    """docs/export.md with its table of runtimes made anew."""
+    text = _current(ROOT / "docs/export.md")
+    before, rest = text.split("<!-- runtimes -->")
+    after = rest.split("<!-- /runtimes -->")[1]
+    return f"{before}<!-- runtimes -->\n{_runtimes()}<!-- /runtimes -->{after}"
+
+
+def _runtimes() -> str:
+    lines = ["| runtime | an adapter with | is | why |", "| --- | --- | --- | --- |"]
+    for runtime in RUNTIMES.values():
+        for trait, verdict in runtime.verdicts.items():
+            said = f"{verdict.outcome}: {verdict.fix}" if verdict.fix else verdict.outcome
+            lines.append(f"| {runtime.name} | {TRAITS[trait].shown} | {said} | {verdict.why} |")
+    return "\n".join(lines) + "\n"
+
+
 PAGES: tuple[tuple[str, Callable[[], str]], ...] = (
     ("docs/recipe.md", recipe_page),
     ("docs/recipe.schema.json", recipe_schema_text),
     ("docs/weights.md", weights_page),
+    ("docs/export.md", export_page),
     ("README.md", readme),
 )
 

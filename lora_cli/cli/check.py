@@ -14,6 +14,14 @@ STYLES = {"fail": "bold red", "warn": "yellow", "ok": "green"}
 def check(
     recipe: RecipeArgument,
     set_: SetOption = None,
+    for_: Annotated[
+        str | None,
+        typer.Option(
+            "--for",
+            metavar="RUNTIMES",
+            help="That shall serve the adapter, such as vllm,ollama: what they refuse is a fault.",
+        ),
+    ] = None,
     json: JsonOption = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print faults and warnings alone.")] = False,
     trust_remote_code: TrustOption = None,
@@ -21,11 +29,13 @@ def check(
     """Prove a recipe, its rows, template, targets and disk before training: `lora check recipe.yaml`."""
     from lora_cli.cli.console import show_json
     from lora_cli.cli.tokenizing import tokenizing
+    from lora_cli.export.runtimes import runtime_called
     from lora_cli.recipe.reader import read_recipe
     from lora_cli.runs.check import check as examine
 
     with tokenizing() as progress:
-        report = examine(read_recipe(recipe, set_ or []), progress)
+        runtimes = [runtime_called(name) for name in for_.split(",")] if for_ else []
+        report = examine(read_recipe(recipe, set_ or []), progress, runtimes=runtimes)
     if json:
         show_json(_as_json(report))
     else:

@@ -40,12 +40,24 @@ def write_adapter(adapter: Adapter, out: Path, *, tokenizer: Path | None, transp
     """
     adapter.check_alive()
     with staged(out) as draft:
-        save_adapter(adapter, draft, transposed=transposed)
-        if tokenizer is not None:
-            copy_side_files(tokenizer, draft)
-        check_same(adapter, load_adapter(draft))
-        size = sum(file.stat().st_size for file in draft.iterdir() if file.is_file())
+        fill(draft, adapter, tokenizer=tokenizer, transposed=transposed)
+        size = bytes_of(draft)
     return Written(out, size, adapter.parameters, adapter.digest())
+
+
+def fill(draft: Path, adapter: Adapter, *, tokenizer: Path | None, transposed: bool) -> Adapter:
+    """Write an adapter and a tokenizer into a folder; returns what was read back, which is the same."""
+    save_adapter(adapter, draft, transposed=transposed)
+    if tokenizer is not None:
+        copy_side_files(tokenizer, draft)
+    read = load_adapter(draft)
+    check_same(adapter, read)
+    return read
+
+
+def bytes_of(folder: Path) -> int:
+    """Of the files in it."""
+    return sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
 
 
 def check_same(written: Adapter, read: Adapter) -> None:

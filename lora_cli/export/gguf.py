@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from lora_cli.errors import ModelError, Problem, first_line
+from lora_cli.export.runtimes import LLAMA_CPP_KINDS
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -30,17 +31,11 @@ class Architecture:
     paired: bool = False
 
 
-# By transformers' `model_type`: those of which the tests hold what llama.cpp answers against ours. Others reorder fused
-# weights (Falcon, GPT-NeoX) or stack experts on the way.
-ARCHITECTURES: Mapping[str, Architecture] = {
+# Others than these kinds reorder fused weights (Falcon, GPT-NeoX) or stack experts on the way
+ARCHITECTURES: Mapping[str, Architecture] = {kind: Architecture(kind) for kind in LLAMA_CPP_KINDS} | {
     "llama": Architecture("llama", paired=True),
     "mistral": Architecture("llama", paired=True),
-    "qwen2": Architecture("qwen2"),
-    "qwen3": Architecture("qwen3"),
-    "gemma2": Architecture("gemma2"),
     "gemma3_text": Architecture("gemma3"),
-    "phi3": Architecture("phi3"),
-    "gpt2": Architecture("gpt2"),
 }
 
 

@@ -6,7 +6,6 @@ The loader computes alpha / r · B A, with the file's one alpha and each module'
 (rsLoRA, alpha_pattern) is folded into its B. Only B has rows of the output, so only B is put in llama.cpp's order.
 """
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,7 +25,7 @@ from lora_cli.export.gguf import (
 from lora_cli.export.order import ExportReport, Order, accepted, proved
 from lora_cli.export.staging import staged_file
 from lora_cli.lora.adapter import Adapter, Factors
-from lora_cli.lora.portable import folded
+from lora_cli.lora.portable import at_scale_one, folded
 from lora_cli.models.load import skeleton
 
 FILE = "adapter.gguf"
@@ -86,22 +85,6 @@ def read_adapter_file(file: Path, adapter: Adapter, base: Path) -> Adapter:
         B = in_halves(B, paired_heads(config, base, path))
         layers[path] = Factors(A, alpha / B.shape[1] * B)
     return at_scale_one(adapter, layers)
-
-
-def at_scale_one(adapter: Adapter, layers: dict[str, Factors]) -> Adapter:
-    """The adapter with other factors, whose product is the update itself."""
-    ranks = {path: len(factors.A) for path, factors in layers.items()}
-    r = max(ranks.values())
-    pattern = {path: rank for path, rank in ranks.items() if rank != r}
-    config = replace(
-        adapter.config,
-        r=r,
-        lora_alpha=r,
-        use_rslora=False,
-        rank_pattern=pattern,
-        alpha_pattern=dict(pattern),
-    )
-    return replace(adapter, config=config, layers=layers)
 
 
 def _names(adapter: Adapter, base: Path) -> dict[str, str]:

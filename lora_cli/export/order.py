@@ -1,17 +1,18 @@
 """What an export is told and what it reports: the same for every format."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
 from lora_cli.errors import ModelError, Problem
 from lora_cli.export.proof import Proof, prove_adapter
-from lora_cli.export.runtimes import Finding, Subject, check_served
+from lora_cli.export.runtimes import Subject, Unserved, check_served
 from lora_cli.lora.adapter import Adapter
 from lora_cli.lora.base_files import fingerprint
 from lora_cli.lora.portable import difference
 from lora_cli.models.base import Base
+from lora_cli.models.heads import head_of
 from lora_cli.models.load import skeleton
 
 MOST_DIFFERENCE = 1e-6  # of an update, by folding scales into float32 factors
@@ -58,7 +59,7 @@ class ExportReport:
     bytes: int
     difference: float | None = None
     stored: str = ""
-    findings: tuple[Finding, ...] = ()
+    findings: tuple[Unserved, ...] = ()
     use: str = ""
     proof: Proof | None = None
     base_differences: tuple[str, ...] = ()
@@ -69,11 +70,16 @@ class ExportReport:
 
 
 def subject_of(order: Order) -> Subject:
-    tied = order.base is not None and bool(skeleton(order.base.folder).config.tie_word_embeddings)
-    return Subject(order.adapter.config, tuple(order.adapter.layers), tuple(order.adapter.extras), tied)
+    """The adapter as runtimes see it."""
+    adapter = order.adapter
+    seen = Subject(adapter.config, tuple(adapter.layers), tuple(adapter.extras), kinds=adapter.kinds)
+    if order.base is None:
+        return seen
+    base = skeleton(order.base.folder, head_of(adapter)).config
+    return replace(seen, tied=bool(base.tie_word_embeddings), model_type=base.model_type)
 
 
-def accepted(order: Order, runtime: str) -> tuple[tuple[Finding, ...], tuple[str, ...]]:
+def accepted(order: Order, runtime: str) -> tuple[tuple[Unserved, ...], tuple[str, ...]]:
     """What the runtime would not take as it is, and the tensors in which the base is another than the adapter's.
 
     Raises ModelError for what it can't serve, and for an adapter that is dead or of another base.
@@ -84,7 +90,7 @@ def accepted(order: Order, runtime: str) -> tuple[tuple[Finding, ...], tuple[str
         return tuple(found), ()
     folder = order.base.folder
     differences = order.adapter.check_base(fingerprint(folder), folder, allow=order.allow_base_mismatch)
-    order.adapter.check_fits(skeleton(folder))
+    order.adapter.check_fits(skeleton(folder, head_of(order.adapter)))
     return tuple(found), tuple(differences)
 
 

@@ -6,12 +6,12 @@
 Only what a config and names tell is looked at, so that a recipe can be asked before it trains.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from lora_cli.errors import ModelError, Problem
-from lora_cli.lora.config import LoRAConfig, matches
+from lora_cli.errors import ModelError, Problem, RecipeError
+from lora_cli.lora.config import LoRAConfig
 
 MERGE = "`lora merge` it, and serve the merged model"
 PLAIN = "train without DoRA, or `lora merge` it and `lora extract` a plain adapter"
@@ -21,13 +21,16 @@ PLAIN = "train without DoRA, or `lora merge` it and `lora extract` a plain adapt
 class Subject:
     """An adapter as runtimes see it, trained or still to be: its config, its modules, and those trained whole.
 
-    `tied` where the base has one weight for its head and its embedding.
+    `kinds` are those of the weights it changes (`lora/weights.py`); `tied` where the base has one weight for its head and its embedding; `model_type` is transformers' name of its kind,
+    None where the base is not at hand.
     """
 
     config: LoRAConfig
     paths: Sequence[str]
     whole: Sequence[str] = ()
     tied: bool = False
+    model_type: str | None = None
+    kinds: Collection[str] = ("linear",)
 
     @property
     def ranks(self) -> set[int]:
@@ -68,7 +71,7 @@ class Runtime:
 
 
 @dataclass(frozen=True)
-class Finding:
+class Unserved:
     """One trait of an adapter that a runtime does not take as it is."""
 
     runtime: str
@@ -80,14 +83,23 @@ class Finding:
         return f"{RUNTIMES[self.runtime].name}: {TRAITS[self.trait].shown}: {self.verdict.why}"
 
 
-def _any(*patterns: str) -> Callable[[Subject], bool]:
-    return lambda subject: any(matches(pattern, path) for path in subject.paths for pattern in patterns)
+def _other_than(*model_types: str) -> Callable[[Subject], bool]:
+    return lambda subject: subject.model_type is not None and subject.model_type not in model_types
 
 
+def _is_head(path: str) -> bool:
+    return path.endswith(("lm_head", "embed_out"))
+
+
+# The kinds of models, by transformers' `model_type`, of which the tests hold the runtime's own answers against ours
+LLAMA_CPP_KINDS = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt2")
+MLX_KINDS = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3")
 HEADS = ("classifier", "score")  # of classifiers: the only modules that vLLM loads whole
 VLLM_LARGEST, VLLM_DEFAULT = 512, 16  # ranks
 
 TRAITS: Mapping[str, Trait] = {
+    "not_in_llama_cpp": Trait("a model of this kind", _other_than(*LLAMA_CPP_KINDS)),
+    "not_in_mlx": Trait("a model of this kind", _other_than(*MLX_KINDS)),
     "dora": Trait("DoRA", lambda s: s.config.use_dora),
     "whole": Trait("modules trained whole", lambda s: bool(s.whole)),
     "whole_heads": Trait("a classifier's head", lambda s: any(path.endswith(HEADS) for path in s.whole)),
@@ -95,13 +107,12 @@ TRAITS: Mapping[str, Trait] = {
     "rslora": Trait("rsLoRA", lambda s: s.config.use_rslora),
     "ranks": Trait("modules of different rank", lambda s: len(s.ranks) > 1),
     "scales": Trait("modules of different scale", lambda s: len(s.scales) > 1),
-    "fraction": Trait("a fractional alpha", lambda s: s.config.lora_alpha != int(s.config.lora_alpha)),
     "rank_above_16": Trait("a rank above 16", lambda s: max(s.ranks, default=0) > VLLM_DEFAULT),
     "rank_above_512": Trait("a rank above 512", lambda s: max(s.ranks, default=0) > VLLM_LARGEST),
-    "embedding": Trait("an adapted embedding", _any("embed_tokens|wte|embed_in|word_embeddings|tok_embeddings")),
-    "head": Trait("an adapted head", _any("lm_head|embed_out")),
-    "tied_head": Trait("an adapted head that is tied", lambda s: s.tied and TRAITS["head"].has(s)),
-    "experts": Trait("adapted experts", _any(r"experts(\..*)?")),
+    "embedding": Trait("an adapted embedding", lambda s: "embedding" in s.kinds),
+    "convolution": Trait("an adapted convolution", lambda s: "convolution" in s.kinds),
+    "experts": Trait("adapted experts", lambda s: "experts" in s.kinds),
+    "tied_head": Trait("an adapted head that is tied", lambda s: s.tied and any(_is_head(path) for path in s.paths)),
 }
 
 _DORA = Verdict("refused", "its update depends on the base's row norms, which the runtime does not compute", PLAIN)
@@ -109,12 +120,16 @@ _WHOLE = Verdict("refused", "an adapter's whole modules are not loaded", MERGE)
 _FOLDED = Verdict("converted", "the runtime knows one scale, alpha / r: the rest is folded into lora_B")
 _UNIFORM = Verdict("converted", "the runtime knows one rank and one scale: ranks are padded with zeros, scales folded")
 
+CONVERT = "`lora merge` it, and convert the merged model with the runtime's own converter"
+_CONVOLUTION = Verdict("refused", "adapted convolutions are not loaded", MERGE)
 _LLAMA_CPP = {
+    "not_in_llama_cpp": Verdict("refused", f"its files are written for {', '.join(LLAMA_CPP_KINDS)}", CONVERT),
     "dora": _DORA,
     "whole": _WHOLE,
     "rslora": Verdict("converted", "the loader computes alpha / r, and llama.cpp's own converter does not say otherwise: the scale is folded into lora_B"),
     "scales": Verdict("converted", "the loader has one alpha, and llama.cpp's own converter drops the others: scales are folded into lora_B"),
     "embedding": Verdict("refused", "adapted embeddings are not written yet", MERGE),
+    "convolution": _CONVOLUTION,
     "tied_head": Verdict("refused", "a GGUF file has no tensor of its own for a tied head", MERGE),
     "experts": Verdict("refused", "adapted experts are not written yet", MERGE),
 }  # fmt: skip
@@ -123,6 +138,7 @@ RUNTIMES: Mapping[str, Runtime] = {
     "vllm": Runtime("vLLM", {
         "dora": Verdict("refused", "vLLM does not load DoRA", PLAIN),
         "whole_others": Verdict("refused", "vLLM loads no whole modules but a classifier's head", MERGE),
+        "convolution": _CONVOLUTION,
         "rank_above_512": Verdict("refused", "vLLM's largest `--max-lora-rank` is 512", "`lora resize` it"),
         "rank_above_16": Verdict("flag", "vLLM takes ranks up to 16 unless told otherwise", "start it with `--max-lora-rank`"),
     }),
@@ -132,28 +148,40 @@ RUNTIMES: Mapping[str, Runtime] = {
         "rslora": Verdict("converted", "SGLang computes alpha / r whatever the config says: the scale is folded into lora_B"),
         "ranks": _UNIFORM,
         "scales": _UNIFORM,
+        "convolution": _CONVOLUTION,
+        "experts": Verdict("refused", "whether SGLang loads adapted experts is not proved here", MERGE),
     }),
     "gguf-adapter": Runtime("llama.cpp", _LLAMA_CPP),
     "ollama": Runtime("Ollama", _LLAMA_CPP),
     "mlx": Runtime("MLX", {
+        "not_in_mlx": Verdict("refused", f"adapters are written for {', '.join(MLX_KINDS)}", CONVERT),
         "dora": Verdict("refused", "MLX's DoRA is not written yet", PLAIN),
         "whole": _WHOLE,
         "rslora": _FOLDED,
         "ranks": _UNIFORM,
         "scales": _UNIFORM,
         "embedding": Verdict("refused", "adapted embeddings are not written yet", MERGE),
+        "convolution": _CONVOLUTION,
         "experts": Verdict("refused", "adapted experts are not written yet", MERGE),
     }),
 }  # fmt: skip
 
 
-def findings(runtime: str, subject: Subject) -> list[Finding]:
+def runtime_called(name: str) -> str:
+    """The format of a runtime, which may be called by that or by its own name. Raises RecipeError for others."""
+    names = {key: key for key in RUNTIMES} | {runtime.name.lower(): key for key, runtime in RUNTIMES.items()}
+    if name.strip().lower() not in names:
+        raise RecipeError(Problem(f"`--for` knows no runtime {name!r}", fix=f"take some of {', '.join(names)}"))
+    return names[name.strip().lower()]
+
+
+def findings(runtime: str, subject: Subject) -> list[Unserved]:
     """What of an adapter the runtime does not take as it is."""
     verdicts = RUNTIMES[runtime].verdicts
-    return [Finding(runtime, trait, verdict) for trait, verdict in verdicts.items() if TRAITS[trait].has(subject)]
+    return [Unserved(runtime, trait, verdict) for trait, verdict in verdicts.items() if TRAITS[trait].has(subject)]
 
 
-def check_served(runtime: str, subject: Subject) -> list[Finding]:
+def check_served(runtime: str, subject: Subject) -> list[Unserved]:
     """What is converted or needs a flag. Raises ModelError for what the runtime can't serve."""
     found = findings(runtime, subject)
     refused = [finding for finding in found if finding.verdict.outcome == "refused"]

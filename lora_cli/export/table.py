@@ -9,8 +9,11 @@ from lora_cli.export.files import Progress
 from lora_cli.export.gguf_adapter import export_gguf_adapter
 from lora_cli.export.gguf_model import export_gguf
 from lora_cli.export.merged import MergeReport, merge
+from lora_cli.export.mlx import export_mlx
+from lora_cli.export.ollama import export_ollama
 from lora_cli.export.order import ExportReport, Order
 from lora_cli.export.proof import compute_dtype, prove
+from lora_cli.export.served import export_sglang, export_vllm
 from lora_cli.limits import read_json
 from lora_cli.lora.peft_format import CONFIG, to_tensors
 
@@ -59,4 +62,8 @@ FORMATS: Mapping[str, Format] = {
     "merged": Format("a whole model, as `lora merge` writes it", export_merged, whole=True),
     "gguf": Format("a whole model for llama.cpp", export_gguf, whole=True),
     "gguf-adapter": Format("a LoRA file for llama.cpp", export_gguf_adapter),
+    "ollama": Format("a Modelfile and a LoRA file", export_ollama),
+    "mlx": Format("mlx-lm's adapter folder", export_mlx),
+    "vllm": Format("PEFT's two files, as vLLM takes them", export_vllm, needs_base=False),
+    "sglang": Format("PEFT's two files, as SGLang takes them", export_sglang, needs_base=False),
 }

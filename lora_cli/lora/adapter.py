@@ -16,7 +16,7 @@ from lora_cli.lora.identity import TokenizerFingerprint
 from lora_cli.lora.inject import lora_layers, wrap
 from lora_cli.lora.layer import LoRALayer, merged_weight
 from lora_cli.lora.shards import gathered
-from lora_cli.lora.weights import CONVOLUTION, EMBEDDING, Weight, weights_of
+from lora_cli.lora.weights import CONVOLUTION, EMBEDDING, EXPERTS, LINEAR, Weight, weights_of
 from lora_cli.lora.whole import State, whole_modules
 
 
@@ -106,6 +106,12 @@ class Adapter:
     @property
     def parameters(self) -> int:
         return sum(tensor.numel() for _, tensor in self._tensors())
+
+    @property
+    def kinds(self) -> set[str]:
+        """Of the weights it changes (`weights.py`)."""
+        kinds = {path: form.kind for path, form in self.forms.items()}
+        return {EXPERTS if of_expert(path)[1] is not None else kinds.get(path, LINEAR) for path in self.layers}
 
     def updates(self) -> dict[str, float]:
         """‖scale · B A‖ of each layer: how far it moved. DoRA's magnitudes are not in it."""

@@ -3,13 +3,14 @@
 s · B A  =  alpha / r · (s · r / alpha) B A        what a reader computes · what is folded into B
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 
 from lora_cli.lora.adapter import Adapter, Factors
-from lora_cli.lora.algebra import refuse_dora
+from lora_cli.lora.algebra import plain_config, refuse_dora
 
 
 def folded(adapter: Adapter, path: str) -> Factors:
@@ -36,6 +37,13 @@ def uniform(adapter: Adapter) -> Adapter:
         for path, factors in adapter.layers.items()
     }
     return replace(adapter, config=plain, layers=layers)
+
+
+def at_scale_one(adapter: Adapter, layers: Mapping[str, Factors]) -> Adapter:
+    """The adapter with other factors, whose product is the update itself."""
+    ranks = {path: len(factors.A) for path, factors in layers.items()}
+    config = plain_config(ranks, like=adapter.config, targets=adapter.config.target_modules)
+    return replace(adapter, config=config, layers=layers)
 
 
 def difference(adapter: Adapter, other: Adapter) -> float:

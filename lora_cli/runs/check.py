@@ -29,6 +29,7 @@ from lora_cli.data.report import MAX_DROPPED
 from lora_cli.data.sources import label, quote, rows
 from lora_cli.data.types import CHOSEN, REJECTED, BadRow, Conversation, Example, Instruction, Preference, RowId
 from lora_cli.errors import DataError, ModelError, Problem, RecipeError, SafetyError, StorageError, UserError
+from lora_cli.export.runtimes import RUNTIMES, TRAITS, Subject, Unserved, findings
 from lora_cli.lora.targets import check_patterns, choose_targets
 from lora_cli.lora.weights import weights_of
 from lora_cli.models.base import Base, resolve_base
@@ -53,6 +54,7 @@ LARGEST_SHARE = 0.8  # of the rows, that one label may have
 UNLIKE_LENGTHS = 2  # times as many tokens in the answers of one side as of the other
 IMBALANCE = 10  # times as many rows of one label as of another
 NO_TALK = "no row is a conversation: prompts are plain text"
+SUBTRACTED = ("pissa", "olora")  # starts that are taken off again, which doubles the rank
 COPIES = 1 + 2  # an adapter in a checkpoint, with Adam's two moments
 
 
@@ -64,6 +66,7 @@ class Facts:
     tokenizer: "PreTrainedTokenizerBase | None"
     rows: Rows | None
     model: "PreTrainedModel | None"  # without weights
+    runtimes: tuple[str, ...] = ()  # that are to serve the adapter
 
     @property
     def recipe(self) -> Recipe:
@@ -107,8 +110,11 @@ class Report:
         return [finding for finding in self.findings if finding.level == level]
 
 
-def check(loaded: LoadedRecipe, progress: OnTokenized | None = None) -> Report:
-    """Everything, to the end: one fault does not hide the next, unless there is nothing left to look at."""
+def check(loaded: LoadedRecipe, progress: OnTokenized | None = None, *, runtimes: Sequence[str] = ()) -> Report:
+    """Everything, to the end: one fault does not hide the next, unless there is nothing left to look at.
+
+    `runtimes` are those that shall serve the adapter: what one of them refuses is a fault.
+    """
     faults: list[Finding] = []
     model, training = loaded.recipe.model, loaded.recipe.training
     base = _made("base", lambda: resolve_base(model.base, model.revision, weights=False), faults)
@@ -119,7 +125,8 @@ def check(loaded: LoadedRecipe, progress: OnTokenized | None = None) -> Report:
     if found:
         _made("objective", lambda: refuse_pairs(found.report), faults)
     head = new_head(training, found.labels if found else ())
-    facts = Facts(loaded, tokenizer, found, _made("model", lambda: skeleton(base.folder, head), faults))
+    model = _made("model", lambda: skeleton(base.folder, head), faults)
+    facts = Facts(loaded, tokenizer, found, model, tuple(runtimes))
     findings = (*faults, *_findings(facts))
     return Report(findings, figures_of(loaded.recipe, found, facts.model) if found else None)
 
@@ -276,6 +283,52 @@ def the_disk_has_room(facts: Facts) -> str:
     return f"checkpoints and adapter need up to {_size(needed)} of {_size(free)} free"
 
 
+def runtimes_take_it(facts: Facts) -> str:
+    """What serves adapters, and what of this one it would not serve: before it is trained, and not after."""
+    try:
+        subject = _served(facts)
+    except ModelError:
+        return "unknown until the targets are found"
+    found = {name: findings(name, subject) for name in facts.runtimes or RUNTIMES}
+    refused = {name: [f for f in each if f.verdict.outcome == "refused"] for name, each in found.items()}
+    if facts.runtimes and any(refused.values()):
+        problems = [Problem(f.what, fix=f.verdict.fix) for each in refused.values() for f in each]
+        raise ModelError(*problems)
+    served = [RUNTIMES[name].name for name in found if not refused[name]]
+    told = [f"{', '.join(served)} can serve the adapter"] if served else []
+    told += [
+        f"{RUNTIMES[name].name} can't: {', '.join(TRAITS[f.trait].shown for f in each)}"
+        for name, each in refused.items()
+        if each
+    ]
+    told += [note for name, each in found.items() for note in _notes(name, each) if facts.runtimes]
+    return "; ".join(told)
+
+
+def _notes(runtime: str, found: Sequence[Unserved]) -> Iterator[str]:
+    """How the runtime is started, and what `lora export` has to change for it."""
+    shown = RUNTIMES[runtime].name
+    yield from (f"{shown}: {f.verdict.fix}, for {TRAITS[f.trait].shown}" for f in found if f.verdict.outcome == "flag")
+    changed = [TRAITS[f.trait].shown for f in found if f.verdict.outcome == "converted"]
+    if changed:
+        yield f"{shown}: as `lora export --to {runtime}` writes it, for {' and '.join(changed)}"
+
+
+def _served(facts: Facts) -> Subject:
+    whole = whole_paths(facts.model, facts.recipe.lora.modules_to_save)
+    paths = target_paths(facts.recipe, facts.model, whole)
+    config = facts.recipe.lora.config()
+    weights, base = weights_of(facts.model), facts.model.config
+    return Subject(
+        config=config.with_rank_times(2) if facts.recipe.lora.init in SUBTRACTED else config,
+        paths=paths,
+        whole=whole,
+        tied=bool(base.tie_word_embeddings),
+        model_type=base.model_type,
+        kinds={weights[path].kind for path in paths},
+    )
+
+
 def held_out_rows_are_unseen(facts: Facts) -> str | Problem:
     """By tokens. A share of rows that repeat may leak a few, which is a warning; more would measure memory."""
     if not facts.rows.held_out:
@@ -357,6 +410,7 @@ CHECKS = (
     Check("held-out", ("rows",), held_out_rows_are_unseen),
     Check("targets", ("model",), targets_are_found),
     Check("vocabulary", ("model", "rows"), tokens_have_embeddings),
+    Check("runtimes", ("model",), runtimes_take_it),
     Check("disk", ("model",), the_disk_has_room),
     Check("steps", ("rows",), steps_are_many),
     Check("rows", ("rows",), rows_are_many),

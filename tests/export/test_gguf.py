@@ -123,7 +123,7 @@ def test_llama_cpp_reads_text_as_the_tokenizer_does(tmp_path):
     ("to", "name", "settings", "said"),
     [
         ("gguf", "opt", {}, "how llama.cpp stores a `opt` is not known here; known are llama, mistral,"),
-        ("gguf-adapter", "opt", {}, "how llama.cpp stores a `opt` is not known here"),
+        ("gguf-adapter", "opt", {}, "llama.cpp: a model of this kind: its files are written for llama, mistral,"),
         ("gguf-adapter", "llama", {"use_dora": True}, "llama.cpp: DoRA: its update depends on the base's row norms"),
         ("gguf-adapter", "llama-tied", {"targets": ["q_proj", "lm_head"]}, "llama.cpp: an adapted head that is tied"),
     ],
