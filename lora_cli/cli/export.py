@@ -4,9 +4,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lora_cli.cli.merge import mismatch_lines, proof_lines, read_order, show_merge, weights_bar
+from lora_cli.cli.merge import grid_lines, mismatch_lines, proof_lines, read_order, show_merge, weights_bar
 from lora_cli.cli.options import (
     AdapterOption,
+    BaseGridOption,
     BaseOption,
     ExportDtypeOption,
     JsonOption,
@@ -27,6 +28,7 @@ def export(
     out: OutOption = None,
     dtype: ExportDtypeOption = None,
     data: ProofRowsOption = None,
+    base_grid: BaseGridOption = "auto",
     allow_base_mismatch: MismatchOption = False,
     as_json: JsonOption = False,
     trust_remote_code: TrustOption = None,
@@ -44,7 +46,16 @@ def export(
 
     if to not in FORMATS:
         raise RecipeError(Problem(f"`--to` knows no format {to!r}", fix=f"take one of {', '.join(FORMATS)}"))
-    order = read_order(adapter, to, base=base, out=out, dtype=dtype, data=data, allow_base_mismatch=allow_base_mismatch)
+    order = read_order(
+        adapter,
+        to,
+        base=base,
+        out=out,
+        dtype=dtype,
+        data=data,
+        base_grid=base_grid,
+        allow_base_mismatch=allow_base_mismatch,
+    )
     with weights_bar("exporting", then="proving") as progress:
         report = FORMATS[to].write(order, progress)
     if not isinstance(report, ExportReport):
@@ -62,7 +73,7 @@ def _show_adapter(report: "ExportReport") -> None:
     from lora_cli.cli.console import bytes_text, inert, show
 
     show(f"exported {report.tensors} tensors · {bytes_text(report.bytes)} · {_read_back(report)}", style="bold")
-    for line in [*mismatch_lines(report.base_differences), *_reader_lines(report)]:
+    for line in [*mismatch_lines(report.base_differences), *_reader_lines(report), *grid_lines(report.grid)]:
         show(line)
     other = "the file" if report.difference is None else "base + what was written"
     for line in proof_lines(report.proof, other) if report.proof else ():

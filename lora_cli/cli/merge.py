@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from lora_cli.cli.options import (
     AdapterOption,
+    BaseGridOption,
     BaseOption,
     DtypeOption,
     JsonOption,
@@ -17,6 +18,9 @@ from lora_cli.cli.options import (
 )
 
 if TYPE_CHECKING:
+    import torch
+
+    from lora_cli.export.grid import Choice
     from lora_cli.export.merged import MergeReport
     from lora_cli.export.order import Order
     from lora_cli.export.proof import Proof
@@ -28,6 +32,7 @@ def merge(
     out: OutOption = None,
     dtype: DtypeOption = None,
     data: ProofRowsOption = None,
+    base_grid: BaseGridOption = "auto",
     allow_base_mismatch: MismatchOption = False,
     as_json: JsonOption = False,
     trust_remote_code: TrustOption = None,
@@ -42,7 +47,14 @@ def merge(
     from lora_cli.runs.report import tell_merge
 
     order = read_order(
-        adapter, "merged", base=base, out=out, dtype=dtype, data=data, allow_base_mismatch=allow_base_mismatch
+        adapter,
+        "merged",
+        base=base,
+        out=out,
+        dtype=dtype,
+        data=data,
+        base_grid=base_grid,
+        allow_base_mismatch=allow_base_mismatch,
     )
     with weights_bar("merging", then="proving") as progress:
         report = export_merged(order, progress)
@@ -61,6 +73,7 @@ def read_order(
     out: Path | None,
     dtype: str | None,
     data: str | None,
+    base_grid: str = "auto",
     allow_base_mismatch: bool,
 ) -> "Order":
     """What is to be exported. Everything cheap that can be wrong is found here, before any weight is read."""
@@ -86,8 +99,6 @@ def read_order(
     if adapter.tokenizer:
         tokens = tokenizer_folder(folder, found.folder)
         check_tokenizer(adapter, load_tokenizer(tokens, writes=False), tokens, allow=allow_base_mismatch)
-    if FORMATS[format].whole:
-        _note_quantised(folder)
     return Order(
         adapter,
         folder,
@@ -99,6 +110,8 @@ def read_order(
         token_rows=_rows(folder, found.folder, data, adapter.labels),
         device=proof_device(found.folder),
         allow_base_mismatch=allow_base_mismatch,
+        trained=_trained_in_nf4(folder, base_grid) if FORMATS[format].whole else None,
+        base_grid=base_grid,
     )
 
 
@@ -110,7 +123,12 @@ def show_merge(report: "MergeReport", adapter: Path) -> None:
     show(f"         {report.tensors} weights changed · {bytes_text(report.bytes)} · {' and '.join(report.dtypes)}")
     if report.whole:
         show(f"         trained whole, and written as trained: {', '.join(report.whole)}")
-    for line in [*_base_lines(report), *proof_lines(report.proof, "the merged model"), *_storage_lines(report)]:
+    for line in [
+        *_base_lines(report),
+        *grid_lines(report.grid),
+        *proof_lines(report.proof, "the merged model"),
+        *_storage_lines(report),
+    ]:
         show(line)
     show(f"written  {inert(str(report.out))}: a plain transformers folder, ready for `lora eval`, vLLM and others")
 
@@ -157,6 +175,19 @@ def proof_lines(proof: "Proof", other: str) -> list[str]:
     ]
 
 
+def grid_lines(choice: "Choice | None") -> list[str]:
+    """Of an adapter that was trained beside nf4: how far a merge on either grid is from what was trained."""
+    if choice is None:
+        return []
+    names = {"original": "the base as it is stored", "nf4": "the base as nf4 gave it back"}
+    found = ", ".join(f"{kl:.2g} into {names[name]}" for name, kl in choice.kl.items())
+    why = "as --base-grid says" if choice.asked else "the nearer"
+    return [
+        f"grid     KL to base(nf4) + adapter, as it was trained: {found}",
+        f"         merged into {names[choice.name]}, {why}",
+    ]
+
+
 def _base_lines(report: "MergeReport") -> list[str]:
     if report.base_differences:
         return mismatch_lines(report.base_differences)
@@ -192,18 +223,37 @@ def _rows(adapter: Path, base: Path, data: str | None, labels: tuple[str, ...]) 
     return tuple(map(tuple, token_rows(SENTENCES, tokenizer)))
 
 
-def _note_quantised(adapter: Path) -> None:
-    """Say where an adapter learned beside a base that was rounded, and is merged into one that is not."""
+def _trained_in_nf4(adapter: Path, base_grid: str) -> "torch.dtype | None":
+    """Where an adapter learned beside a base in nf4, the dtype of its run; of one whose run is not there, bfloat16.
+
+    Beside a base that was rounded otherwise, it is said that it is merged into one that is not.
+    """
+    import torch
+
     from lora_cli.cli.console import note
-    from lora_cli.errors import RecipeError
+    from lora_cli.errors import Problem, RecipeError
+    from lora_cli.models.load import default_device, resolve_dtype
     from lora_cli.recipe.reader import read_recipe
     from lora_cli.runs.folder import RunFolder
 
     recipe = RunFolder(adapter).recipe
     try:
-        quantize = read_recipe(recipe).recipe.model.quantize if recipe.is_file() else "none"
+        model = read_recipe(recipe).recipe.model if recipe.is_file() else None
     except RecipeError:
         note(f"{recipe.name} can't be read: whether the adapter was trained on a quantised base is not known")
-        return
-    if quantize != "none":
-        note(f"the adapter was trained on the base quantised to {quantize}; it is merged into the base as it is stored")
+        model = None
+    if model is None:
+        return torch.bfloat16 if base_grid == "nf4" else None
+    if model.quantize == "nf4":
+        return resolve_dtype(model.dtype, default_device())
+    if base_grid == "nf4":
+        fix = "leave `--base-grid` out: it is for adapters that were trained beside a base in nf4"
+        raise RecipeError(
+            Problem(f"the adapter was trained with `model.quantize: {model.quantize}`", str(recipe), fix=fix)
+        )
+    if model.quantize != "none":
+        note(
+            f"the adapter was trained on the base quantised to {model.quantize}; "
+            "it is merged into the base as it is stored"
+        )
+    return None

@@ -28,6 +28,12 @@ ExportDtypeOption = Annotated[
     Literal["float32", "bfloat16", "float16", "q8_0"] | None,
     typer.Option("--dtype", help="Of a whole model's weights, q8_0 in GGUF alone; else the base's."),
 ]
+BaseGridOption = Annotated[
+    Literal["auto", "original", "nf4"],
+    typer.Option(
+        help="Of an adapter trained on nf4: merge into the base as stored, as nf4 gave it back, or the better."
+    ),
+]
 ProofRowsOption = Annotated[
     str | None, typer.Option("--data", metavar="FILE", help="Rows for the proof; else those of the run.")
 ]

@@ -24,7 +24,7 @@ from lora_cli.export.gguf import SUFFIX, architecture_of, gguf_package, in_pairs
 from lora_cli.export.gguf_tokenizer import write_tokenizer
 from lora_cli.export.merged import merge
 from lora_cli.export.names import names_in_files
-from lora_cli.export.order import ExportReport, Order
+from lora_cli.export.order import ExportReport, Order, chosen_grid
 from lora_cli.export.proof import compute_dtype, prove_file
 from lora_cli.export.staging import need_space, refuse_output, staged_file
 from lora_cli.lora.base_files import StoredTensor, stored_tensors
@@ -63,6 +63,7 @@ def export_gguf(order: Order, progress: Progress | None = None) -> ExportReport:
     compute_dtype(base.folder, order.device)  # whether the proof has room, before the long part
     type_name = order.type or _own_type(base.folder)
     out.parent.mkdir(parents=True, exist_ok=True)
+    grid, choice = chosen_grid(order)
     with TemporaryDirectory(dir=out.parent, prefix=DRAFT) as work, staged_file(out) as draft:
         merged = merge(
             base.folder,
@@ -71,13 +72,21 @@ def export_gguf(order: Order, progress: Progress | None = None) -> ExportReport:
             dtype=torch.float32,
             base_name=base.name,
             tokenizer=order.folder,
+            grid=grid,
+            choice=choice,
             allow_base_mismatch=order.allow_base_mismatch,
             progress=progress,
         )
         tensors = write_model_file(merged.out, draft, type_name, base=base)
         rows = [list(row) for row in order.token_rows]
         proof = prove_file(
-            base, order.adapter, draft, lambda weight: rounded(weight, type_name), rows, device=order.device
+            base,
+            order.adapter,
+            draft,
+            lambda weight: rounded(weight, type_name),
+            rows,
+            device=order.device,
+            grid=grid,
         )
         size = draft.stat().st_size
     return ExportReport(
@@ -88,6 +97,7 @@ def export_gguf(order: Order, progress: Progress | None = None) -> ExportReport:
         stored=type_name,
         use=f"llama-cli -m {out}",
         proof=proof,
+        grid=choice,
         base_differences=merged.base_differences,
     )
 

@@ -29,7 +29,8 @@ from lora_cli.export.files import (
     row_blocks,
     write_config,
 )
-from lora_cli.export.names import Others, Place, matrix_at, others, places
+from lora_cli.export.grid import Choice, Grid
+from lora_cli.export.names import Files, Others, Place, matrix_at, others, places
 from lora_cli.export.proof import Proof
 from lora_cli.export.staging import need_space, refuse_output, staged
 from lora_cli.limits import read_json
@@ -103,6 +104,7 @@ class MergeReport:
     untied: tuple[str, ...]
     proof: Proof | None
     whole: tuple[str, ...] = ()  # modules that were trained whole
+    grid: Choice | None = None  # of an adapter that was trained beside a base in nf4
 
     def as_dict(self) -> dict:
         """For JSON, which knows no infinity: a dtype that can't hold the weights has null."""
@@ -119,13 +121,16 @@ def merge(
     base_name: str | None = None,
     tokenizer: Path | None = None,
     prove: Callable[[Path], Proof] | None = None,
+    grid: Grid | None = None,
+    choice: Choice | None = None,
     allow_base_mismatch: bool = False,
     progress: Progress | None = None,
 ) -> MergeReport:
     """Write base + adapter to `out` as a model of its own; the base is only read.
 
     `dtype` is for all floating tensors; without it each keeps its own. `tokenizer` is a folder whose tokenizer goes
-    along instead of the base's. `prove` sees the finished folder before it appears at `out`: if it raises, nothing
+    along instead of the base's. With a grid, the weights on it are moved there first, whether the adapter changes them or
+    not; `choice` says why. `prove` sees the finished folder before it appears at `out`: if it raises, nothing
     does. Raises ModelError for a wrong base and for a second merge of the same adapter, StorageError for the output.
     """
     adapter.check_alive()
@@ -136,8 +141,8 @@ def merge(
     where, beside = places(base_folder, adapter), others(base_folder, adapter)
     tally = Tally()
     low_rank = [place for parts in where.values() for place in parts]
-    edit = partial(_merged, adapter=adapter, tally=tally)
-    changes = _changes(beside, adapter, tally) | changes_of(low_rank, edit)
+    edit = partial(_merged, adapter=adapter, tally=tally, grid=grid)
+    changes = _changes(beside, adapter, tally) | _on_grid(base_folder, adapter, grid) | changes_of(low_rank, edit)
     added = {name: tensor for name, tensor in _extras(adapter).items() if name in beside.new}
     written = [*low_rank, *beside.placed.values()]
     untied = tuple(place.updated for place in written if place.kept)
@@ -162,6 +167,7 @@ def merge(
             untied=untied,
             proof=prove(draft) if prove else None,
             whole=tuple(adapter.extras),
+            grid=choice,
         )
         _write_record(draft, report, found, merge_record(base_folder), _kept(written, changes))
         _write_card(draft, report)
@@ -259,7 +265,19 @@ def _classifier(adapter: Adapter, base: Path, draft: Path) -> dict[str, object]:
     return architecture(skeleton(base, head), head.labels) | padding
 
 
-def _merged(W: Tensor, dtype: torch.dtype, *, parts: Sequence[Place], adapter: Adapter, tally: Tally) -> Tensor:
+def _on_grid(base: Path, adapter: Adapter, grid: Grid | None) -> dict[str, tuple[Change, ...]]:
+    """What becomes of the weights on the grid that the adapter does not change."""
+    if grid is None:
+        return {}
+    files = Files.of(skeleton(base, head_of(adapter)), stored_tensors(base))
+    alone = [part for path in grid.paths - set(adapter.layers) for part in files.parts_of(path)]
+    return changes_of(alone, lambda W, dtype, parts: grid.round(W).to(dtype))
+
+
+def _merged(
+    W: Tensor, dtype: torch.dtype, *, parts: Sequence[Place], adapter: Adapter, tally: Tally, grid: Grid | None
+) -> Tensor:
+    W = grid.round(W) if grid and parts[0].path in grid.paths else W
     new = W.to(dtype, copy=True)
     for part in parts:
         factors, scale = rows_of(adapter.layers[part.path], part.rows), adapter.config.at(part.path).scale

@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 
 from lora_cli.errors import ModelError, Problem
-from lora_cli.export.proof import Proof, prove_adapter
+from lora_cli.export.grid import AUTO, NF4, Choice, Grid
+from lora_cli.export.proof import Proof, compare_grids, prove_adapter
 from lora_cli.export.runtimes import Subject, Unserved, check_served
 from lora_cli.lora.adapter import Adapter
 from lora_cli.lora.base_files import fingerprint
@@ -35,6 +36,8 @@ class Order:
     token_rows: tuple[tuple[int, ...], ...] = ()
     device: torch.device | str = "cpu"
     allow_base_mismatch: bool = False
+    trained: torch.dtype | None = None  # of a run whose base was in nf4: the dtype that it was quantised from
+    base_grid: str = AUTO  # what such an adapter is merged into: original, nf4, or the better of both
 
     @property
     def known_base(self) -> Base:
@@ -62,6 +65,7 @@ class ExportReport:
     findings: tuple[Unserved, ...] = ()
     use: str = ""
     proof: Proof | None = None
+    grid: Choice | None = None  # of a whole model, where the adapter was trained beside a base in nf4
     base_differences: tuple[str, ...] = ()
 
     def as_dict(self) -> dict:
@@ -92,6 +96,22 @@ def accepted(order: Order, runtime: str) -> tuple[tuple[Unserved, ...], tuple[st
     differences = order.adapter.check_base(fingerprint(folder), folder, allow=order.allow_base_mismatch)
     order.adapter.check_fits(skeleton(folder, head_of(order.adapter)))
     return tuple(found), tuple(differences)
+
+
+def chosen_grid(order: Order) -> tuple[Grid | None, Choice | None]:
+    """The grid that a merge of the adapter stands on, None for the base as it is stored, and how that was chosen.
+
+    Of an adapter that was not trained beside a base in nf4 there is nothing to choose.
+    """
+    if order.trained is None:
+        return None, None
+    rows = [list(row) for row in order.token_rows]
+    grid, costs = compare_grids(
+        order.known_base, order.adapter, rows, trained=order.trained, stored=order.dtype, device=order.device
+    )
+    better = min(costs, key=costs.__getitem__)
+    choice = Choice(better if order.base_grid == AUTO else order.base_grid, costs, asked=order.base_grid != AUTO)
+    return (grid if choice.name == NF4 else None), choice
 
 
 def proved(order: Order, written: Adapter) -> tuple[float, Proof | None]:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from lora_cli.errors import DataError, ModelError, OutOfMemoryError, Problem
 from lora_cli.export.files import DTYPES, dtype_name
+from lora_cli.export.grid import NF4, ORIGINAL, Grid
 from lora_cli.export.names import others, places
 from lora_cli.lora.adapter import Adapter, Factors, paths_of
 from lora_cli.lora.base_files import stored_tensors
@@ -97,10 +98,11 @@ def prove(
     token_rows: list[list[int]],
     *,
     device: torch.device | str = "cpu",
+    grid: Grid | None = None,
 ) -> Proof:
     """Compare base + adapter with the merged folder, on the last tokens of each row, where the contexts are long.
 
-    Raises ModelError when more than storing tells them apart.
+    With a grid, the base is what stands on it. Raises ModelError when more than storing tells them apart.
     """
     dtype, head = compute_dtype(base.folder, device), head_of(adapter)
     stored = _stored_dtypes(merged_folder, base.folder, adapter)
@@ -110,6 +112,7 @@ def prove(
         adapter,
         token_rows,
         device=device,
+        grid=grid,
         fold=lambda model: merge_in_memory(model, adapter, stored),
         load=lambda config: load_model(Base(base.name, merged_folder), dtype=dtype, device=device, head=whole),
     )
@@ -126,6 +129,7 @@ def prove_file(
     token_rows: list[list[int]],
     *,
     device: torch.device | str = "cpu",
+    grid: Grid | None = None,
 ) -> Proof:
     """As `prove`, for a GGUF file, whose weights [out, in] give back what `rounded` says; transformers reads it anew.
 
@@ -140,7 +144,7 @@ def prove_file(
     def load(config: "PretrainedConfig") -> nn.Module:
         return load_gguf(file, config, dtype).to(device)
 
-    return _prove(base, adapter, token_rows, device=device, fold=fold, load=load)
+    return _prove(base, adapter, token_rows, device=device, grid=grid, fold=fold, load=load)
 
 
 def _prove(
@@ -149,12 +153,15 @@ def _prove(
     token_rows: list[list[int]],
     *,
     device: torch.device | str,
+    grid: Grid | None,
     fold: Callable[[nn.Module], None],
     load: Callable[["PretrainedConfig"], nn.Module],
 ) -> Proof:
     """P against M, and R against M: `fold` makes R of P, in place, and `load` reads M."""
     dtype, head = compute_dtype(base.folder, device), head_of(adapter)
     model = load_model(base, dtype=dtype, device=device, head=head)
+    if grid:
+        grid.put_on(model)
     rows = _bounded(token_rows, vocabulary=model.get_input_embeddings().num_embeddings)
     adapter.inject_into(model)
     expected = _logits(model, rows)
@@ -170,6 +177,35 @@ def _prove(
     if not proof.unexplained <= allowed:  # also for NaN
         raise ModelError(_failed(proof.unexplained, allowed))
     return proof
+
+
+def compare_grids(
+    base: Base,
+    adapter: Adapter,
+    token_rows: list[list[int]],
+    *,
+    trained: torch.dtype,
+    stored: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> tuple[Grid, dict[str, float]]:
+    """The grid that the adapter was trained on, and KL(base(nf4) + adapter ‖ merge) of a merge on each grid.
+
+    `trained` is the dtype of the run, `stored` that of the merge; without it, each weight keeps its own.
+    """
+    head = head_of(adapter)
+    model = load_model(base, dtype=trained, quantize="nf4", device=device, head=head)
+    grid, rows = Grid.of(model, trained), _bounded(token_rows, model.get_input_embeddings().num_embeddings)
+    adapter.inject_into(model)
+    expected, costs = _logits(model, rows), {}
+    del model
+    for name, on in {ORIGINAL: None, NF4: grid}.items():
+        model = load_model(base, dtype=compute_dtype(base.folder, device), device=device, head=head)
+        if on:
+            on.put_on(model)
+        adapter.inject_into(model)
+        merge_in_memory(model, adapter, stored or _stored_dtypes(base.folder, base.folder, adapter))
+        costs[name] = _kl(expected, _logits(model, rows))
+    return grid, costs
 
 
 def prove_adapter(

@@ -11,7 +11,7 @@ from lora_cli.export.gguf_model import export_gguf
 from lora_cli.export.merged import MergeReport, merge
 from lora_cli.export.mlx import export_mlx
 from lora_cli.export.ollama import export_ollama
-from lora_cli.export.order import ExportReport, Order
+from lora_cli.export.order import ExportReport, Order, chosen_grid
 from lora_cli.export.proof import compute_dtype, prove
 from lora_cli.export.served import export_sglang, export_vllm
 from lora_cli.limits import read_json
@@ -39,6 +39,7 @@ def export_merged(order: Order, progress: Progress | None = None) -> MergeReport
     base = order.known_base
     compute_dtype(base.folder, order.device)  # whether the proof has room, before the long part
     rows = [list(row) for row in order.token_rows]
+    grid, choice = chosen_grid(order)
     return merge(
         base.folder,
         order.adapter,
@@ -46,7 +47,9 @@ def export_merged(order: Order, progress: Progress | None = None) -> MergeReport
         dtype=order.dtype,
         base_name=base.name,
         tokenizer=order.folder,
-        prove=lambda merged: prove(base, order.adapter, merged, rows, device=order.device),
+        prove=lambda merged: prove(base, order.adapter, merged, rows, device=order.device, grid=grid),
+        grid=grid,
+        choice=choice,
         allow_base_mismatch=order.allow_base_mismatch,
         progress=progress,
     )

@@ -3,6 +3,7 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 import typer
 import yaml
 from rich.console import Console
@@ -10,7 +11,7 @@ from typer.testing import CliRunner
 
 from lora_cli.cli import console
 from lora_cli.cli.export import export
-from lora_cli.cli.merge import _note_quantised, merge, weights_bar
+from lora_cli.cli.merge import _trained_in_nf4, merge, weights_bar
 from lora_cli.cli.unmerge import unmerge
 from lora_cli.errors import DataError, ModelError, RecipeError, SafetyError, StorageError, UserError
 from lora_cli.lora.peft_format import load_adapter, save_adapter
@@ -38,8 +39,6 @@ def trained(tmp_path, base, adapter_of):
     """trained("llama", …) -> (base folder, adapter folder that names it)."""
 
     def make(name="llama", targets="all-linear", dtype=None, transposed=False, **settings):
-        import torch
-
         folder = base(name, dtype=dtype or torch.bfloat16)
         adapter = adapter_of(folder, targets, **settings)
         adapter = replace(adapter, config=replace(adapter.config, base_model_name_or_path=str(folder)))
@@ -160,15 +159,16 @@ def test_without_kept_rows_merge_proves_on_sentences_with_the_run_s_tokenizer(ru
 
 
 @pytest.mark.parametrize("quantize", ["nf4", "int8", "none"])
-def test_merging_what_was_trained_on_a_quantised_base_says_so_in_one_line(run, trained, capsys, quantize):
+def test_merging_what_was_trained_on_a_quantised_base_says_so_where_there_is_no_grid(trained, capsys, quantize):
     folder, out = trained()
-    recipe = {"model": {"base": str(folder), "quantize": quantize}, "data": {"train": "x.jsonl"}}
-    (out / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    model = {"base": str(folder), "quantize": quantize, "dtype": "bfloat16"}
+    (out / "recipe.yaml").write_text(yaml.safe_dump({"model": model, "data": {"train": "x.jsonl"}}))
 
-    _note_quantised(out)
+    dtype = _trained_in_nf4(out, "auto")
 
-    said = f"the adapter was trained on the base quantised to {quantize}; it is merged into the base as it is stored\n"
-    assert capsys.readouterr().err == ("" if quantize == "none" else said)
+    said = "the adapter was trained on the base quantised to int8; it is merged into the base as it is stored\n"
+    assert capsys.readouterr().err == (said if quantize == "int8" else "")
+    assert dtype == (torch.bfloat16 if quantize == "nf4" else None)
 
 
 def test_a_recipe_that_cannot_be_read_does_not_stop_a_merge(run, trained):
