@@ -1,6 +1,7 @@
 """Where the shape of a base is found: its folder, the built-in catalogue, the hub's cache on this machine, the hub."""
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,8 @@ from lora_cli.budget import catalogue
 from lora_cli.budget.params import Whole
 from lora_cli.budget.shapes import Config, ModelShape, shape_of
 from lora_cli.errors import ModelError, Problem
+from lora_cli.lora.config import matches
+from lora_cli.lora.targets import ALL_LINEAR, is_letters
 from lora_cli.models.base import hub_folder, read_config
 from lora_cli.models.gguf import converted_folder
 
@@ -29,37 +32,62 @@ class MeasuredBase:
 
 
 def measure_base(
-    name: str, revision: str | None = None, *, labels: Sequence[str] = (), modules_to_save: Sequence[str] = ()
+    name: str,
+    revision: str | None = None,
+    *,
+    labels: Sequence[str] = (),
+    modules_to_save: Sequence[str] = (),
+    targets: str | Sequence[str] = ALL_LINEAR,
 ) -> MeasuredBase:
     """The base that `name` means: a folder, a GGUF file, a name of the catalogue, or a hub id.
 
     Under a head with an output for each of the `labels`, and with `modules_to_save` trained whole, where they are given.
+    Where `targets` name more than linear layers, the modules are built, without weights.
     A GGUF file is converted once (some seconds, with torch). Raises ModelError where there is no such base, where the hub
     is needed and doesn't answer, or for an unknown architecture.
     """
     entry = catalogue.find(name)
     folder = Path(name).expanduser()
     if entry and not (folder / "config.json").is_file():
-        return _measured(entry.name, CATALOGUE, entry.config, labels, modules_to_save)
+        return _measured(entry.name, CATALOGUE, entry.config, labels, modules_to_save, targets)
     if folder.suffix == ".gguf" and folder.is_file():
         folder = converted_folder(folder)
     elif not folder.is_dir():
         folder = _in_hub_cache(name, revision or "main") or _from_hub(name, revision)
-    return _measured(name, str(folder), read_config(folder), labels, modules_to_save)
+    return _measured(name, str(folder), read_config(folder), labels, modules_to_save, targets)
 
 
 def _measured(
-    name: str, source: str, config: Config, labels: Sequence[str], modules_to_save: Sequence[str]
+    name: str,
+    source: str,
+    config: Config,
+    labels: Sequence[str],
+    modules_to_save: Sequence[str],
+    targets: str | Sequence[str],
 ) -> MeasuredBase:
     where = str(Path(source) / "config.json") if source != CATALOGUE else ""
     if not labels and not modules_to_save:
-        return MeasuredBase(name, source, shape_of(config, where=where))
+        shape = shape_of(config, where=where)
+        if _are_linear(targets, shape):
+            return MeasuredBase(name, source, shape)
     from lora_cli.budget.modules import build, shape_of_modules, whole_of, whole_paths
     from lora_cli.models.heads import Head
 
     model = build(config, Head(tuple(labels)) if labels else None, where=where)
     whole = whole_of(model, whole_paths(model, modules_to_save))
     return MeasuredBase(name, source, shape_of_modules(model), tuple(whole))
+
+
+def _are_linear(targets: str | Sequence[str], shape: ModelShape) -> bool:
+    """Whether the targets are linear layers alone, as far as a formula can tell."""
+    if targets == ALL_LINEAR or is_letters(targets):
+        return True
+    names = [targets] if isinstance(targets, str) else targets
+    has_experts = any("expert" in key and value for key, value in shape.config.items())
+    try:
+        return not has_experts and all(any(matches(name, x.path) for x in shape.linears) for name in names)
+    except re.error:
+        return True  # said where the targets are chosen
 
 
 def local_folder(name: str, revision: str | None = None) -> Path | None:

@@ -13,7 +13,7 @@ from lora_cli.budget.shapes import Config, Linear, ModelShape
 from lora_cli.errors import ModelError, Problem, first_line
 from lora_cli.lora.inject import linears
 from lora_cli.lora.targets import choose_whole, inside
-from lora_cli.lora.weights import Weight, storage_of
+from lora_cli.lora.weights import LINEAR, Weight, storage_of, weights_of
 from lora_cli.lora.whole import check_whole
 from lora_cli.models.heads import Head, new_modules
 from lora_cli.models.load import head_paths, without_weights
@@ -71,7 +71,9 @@ def shape_of_modules(model: "PreTrainedModel") -> ModelShape:
         seen |= {id(p) for p in module.parameters() if not (tied and p is module.weight)}
     others = sum(count for key, count in frozen.items() if key not in seen)
     head = tuple(path for path in head_paths(model) if path in {linear.path for linear in found})
-    return ModelShape(model.config.model_type, tuple(found), head, others, model.config.to_dict())
+    by_name = {path: weight for path, weight in weights_of(model).items() if weight.kind != LINEAR}
+    config = model.config.to_dict()
+    return ModelShape(model.config.model_type, tuple(found), head, others, config, by_name=tuple(counted(by_name)))
 
 
 def _is_tied(model: "PreTrainedModel", module: nn.Module) -> bool:

@@ -121,9 +121,10 @@ def adapted_linears(
     layers: Collection[int] | None = None,
     whole: Collection[str] = (),
 ) -> list[Linear]:
-    """The linears of a base that `targets` name, chosen as on the real modules."""
-    linears = {linear.path: linear for linear in shape.linears}
-    chosen = choose_targets(targets, list(linears), head=shape.head, exclude=exclude, layers=layers, whole=whole)
+    """The weights of a base that `targets` name, chosen as on the real modules."""
+    linears = {linear.path: linear for linear in (*shape.by_name, *shape.linears)}
+    head = {*shape.head, *(linear.path for linear in shape.by_name)}
+    chosen = choose_targets(targets, list(linears), head=head, exclude=exclude, layers=layers, whole=whole)
     return [linears[path] for path in chosen]
 
 

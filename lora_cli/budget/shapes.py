@@ -46,6 +46,9 @@ class ModelShape:
     other_parameters: int
     config: Config  # under the architecture's own names, complete
     notes: tuple[str, ...] = ()
+    # Embeddings, convolutions and experts, which a name in `lora.targets` reaches: known where the modules are built, and
+    # counted among the others
+    by_name: tuple[Linear, ...] = ()
 
     @property
     def hidden(self) -> int:

@@ -18,6 +18,7 @@ def show_dry_run(loaded: LoadedRecipe) -> None:
         recipe.model.revision,
         labels=labels.names if labels else (),
         modules_to_save=lora.modules_to_save,
+        targets=lora.targets,
     )
     paths = [module.module for module in base.whole]
     adapted = adapted_linears(base.shape, lora.targets, exclude=lora.exclude, layers=lora.layers, whole=paths)

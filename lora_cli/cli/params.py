@@ -79,6 +79,7 @@ def _answer(path: Path | None, model: str | None, given: dict[str, object], limi
         revision,
         labels=labels.names if labels else (),
         modules_to_save=lora.modules_to_save,
+        targets=lora.targets,
     )
     paths = [module.module for module in base.whole]
     adapted = adapted_linears(base.shape, lora.targets, exclude=lora.exclude, layers=lora.layers, whole=paths)

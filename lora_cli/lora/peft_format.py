@@ -61,6 +61,7 @@ NOT_READ: Mapping[str, tuple] = {
 
 # With these, or a pattern as `target_modules`, names alone don't say which modules are meant: the file's own do.
 CHOOSES_OTHERWISE = ("exclude_modules", "layers_to_transform")
+COPIES = tuple(f".{name}.base_layer.weight" for name in ("embed_tokens", "lm_head"))
 PARTS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
 # What wrappers put into the names of a module's tensors, wherever they stand
 WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
@@ -169,7 +170,7 @@ def load_adapter(folder: Path) -> Adapter:
         tensors = load_file(file)
     except (SafetensorError, OSError) as error:
         raise ModelError(Problem(f"it is damaged: {error}", where=str(file), fix="copy or train it again")) from error
-    tensors = _repaired(tensors, where=file)
+    tensors = _without_copies(_repaired(tensors, where=file), where=file)
     extras = _extras(tensors, config.modules_to_save)
     _check_extras(extras, config, where=file)
     whole = {f"{PREFIX}{path}.{name}" for path, state in extras.items() for name in state}
@@ -347,6 +348,14 @@ def _repaired(tensors: Mapping[str, Tensor], where: Path) -> dict[str, Tensor]:
     if bent:
         log.warning("%s: %d names put right, such as %s -> %s", where, len(bent), bent[0], names[bent[0]])
     return {plain: tensors[name] for name, plain in names.items()}
+
+
+def _without_copies(tensors: Mapping[str, Tensor], where: Path) -> dict[str, Tensor]:
+    """Without the base's own embedding and head, which PEFT saves in full beside factors of them."""
+    copies = [name for name in tensors if name.endswith(COPIES)]
+    if copies:
+        log.warning("%s: copies of the base's own weights are not read (%s): the base's are used", where, *copies[:1])
+    return {name: tensor for name, tensor in tensors.items() if name not in copies}
 
 
 def _plain_name(name: str) -> str:

@@ -60,6 +60,11 @@ def setup_of(
         doubled=lora.init in ("pissa", "olora"),
     )
     adapted = adapted_linears(shape, lora.targets, exclude=lora.exclude, layers=lora.layers)
+    if other := [linear.path for linear in adapted if linear in shape.by_name]:
+        what = f"there is no formula for the memory of {other[0]} under LoRA, which is no linear layer"
+        raise ModelError(
+            Problem(what, fix="`lora check` and `lora params` read this recipe; memory is known once it runs")
+        )
     return Setup(shape, tuple(adapted), lora.config(), how, recipe.model.quantize, recipe.training.optimizer)
 
 

@@ -87,7 +87,7 @@ def plan(loaded: LoadedRecipe, *, gpu: str | None = None, gpus: int = 1, price: 
     """Of the recipe, on so many of the GPU named, or of this machine's device; `price` is of one GPU and hour."""
     recipe = loaded.recipe
     refuse_without_formula(recipe)
-    base = measure_base(recipe.model.base, recipe.model.revision)
+    base = measure_base(recipe.model.base, recipe.model.revision, targets=recipe.lora.targets)
     machine = _catalogued(find_gpu(gpu), gpus) if gpu else _this_machine(recipe, gpus)
     lengths, tokens = _rows(loaded, base)
     counted = tokens is not None

@@ -1,4 +1,5 @@
 import pytest
+from tiny import tiny_base, tiny_model
 
 from lora_cli.budget.bases import measure_base
 from lora_cli.budget.memory import NF4_BITS, base_bytes, compare
@@ -6,6 +7,9 @@ from lora_cli.budget.params import adapted_linears, budget_of, largest_r, parse_
 from lora_cli.budget.shapes import Linear
 from lora_cli.errors import RecipeError
 from lora_cli.lora.config import LoRAConfig
+from lora_cli.lora.inject import inject
+from lora_cli.lora.targets import choose_targets
+from lora_cli.lora.weights import weights_of
 
 
 def config(r: int = 8, **options) -> LoRAConfig:
@@ -137,3 +141,24 @@ def test_nf4_leaves_experts_embeddings_norms_and_head_in_16_bits():
     attention = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024)
 
     assert base_bytes(shape, "nf4") == round(attention * NF4_BITS / 8) + 2 * (shape.parameters - attention)
+
+
+@pytest.mark.parametrize(
+    ("name", "targets"),
+    [
+        ("llama", ["embed_tokens"]),
+        ("llama-tied", ["embed_tokens", "lm_head"]),
+        ("mixtral", ["experts.gate_up_proj", "experts.down_proj", "q_proj"]),
+        ("qwen3_moe", ["experts.down_proj"]),
+    ],
+)
+def test_what_is_no_linear_layer_is_counted_on_the_modules(name, targets, tmp_path):
+    base = measure_base(str(tiny_base(tmp_path, name)), targets=targets)
+    lora = LoRAConfig(r=3, lora_alpha=3, target_modules=())
+
+    found = budget_of(adapted_linears(base.shape, targets), base.shape.parameters, lora)
+
+    model = tiny_model(name)
+    inject(model, lora, choose_targets(targets, list(weights_of(model))))
+    assert found.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert found.total == sum(p.numel() for p in model.parameters())

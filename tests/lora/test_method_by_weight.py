@@ -8,7 +8,7 @@ import pytest
 import torch
 from layers import MAKERS, frozen, inputs, randomize, relative_difference
 from method_by_weight import METHODS, WEIGHTS, WITHOUT
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import ENCODERS, tiny_base, tiny_encoder_model, tiny_model, tiny_vit
 from torch import Tensor, nn
 
@@ -144,3 +144,42 @@ def test_what_is_no_cell_of_the_table_is_refused_with_the_reason(weight, method,
 
 def test_what_the_table_leaves_out_is_in_it():
     assert set(WITHOUT) <= set(CELLS)
+
+
+PEFTS = {
+    "the table": ("llama", {"target_modules": ["embed_tokens", "q_proj"]}),
+    "the tied head": ("llama-tied", {"target_modules": ["lm_head"]}),
+    "experts": (
+        "mixtral",
+        {"target_modules": ["v_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
+    ),
+    "one of the experts' weights": ("qwen3_moe", {"target_modules": [], "target_parameters": ["experts.down_proj"]}),
+    "turned experts": (
+        "gpt_oss",
+        {"target_modules": [], "target_parameters": ["experts.down_proj", "experts.gate_up_proj"]},
+    ),
+    "a picture's patches": ("vit", {"target_modules": ["projection", "q_proj"]}),
+}
+
+
+@pytest.mark.parametrize("use_dora", [False, True], ids=["LoRA", "DoRA"])
+@pytest.mark.parametrize("case", PEFTS)
+def test_we_read_what_peft_wrote(case, use_dora, tmp_path):
+    """Also the copies of embedding and head that it saves in full; they are named and not read."""
+    name, settings = PEFTS[case]
+    if use_dora and "target_parameters" in settings:
+        pytest.skip("PEFT has no DoRA of parameters")
+    weight = next(weight for weight, row in WEIGHTS.items() if row.model == name)
+    torch.manual_seed(4)
+    theirs = get_peft_model(
+        model_of(weight, Path()),
+        LoraConfig(r=4, lora_alpha=6, init_lora_weights=False, use_dora=use_dora, **settings),
+    )
+    theirs.save_pretrained(tmp_path, save_embedding_layers="llama" in name)
+    expected = answers(weight, theirs)
+
+    ours = model_of(weight, Path())
+    load_adapter(tmp_path).inject_into(ours)
+
+    assert relative_difference(answers(weight, ours), expected) <= agree("DoRA")
+    assert relative_difference(expected, answers_of_base(weight, Path())) > 1e-3
