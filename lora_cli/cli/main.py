@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import sys
 from contextlib import suppress
 from traceback import format_exc
@@ -166,6 +167,7 @@ def _out_of_memory(error: Exception) -> UserError | None:
 
 def _storage(error: Exception) -> UserError | None:
     """The disk's refusals: full, read-only, not ours to write."""
+    error = _of_the_system(error)
     if isinstance(error, OSError) and error.errno in (
         errno.ENOSPC,
         errno.EDQUOT,
@@ -184,6 +186,12 @@ def _storage(error: Exception) -> UserError | None:
             )
         )
     return None
+
+
+def _of_the_system(error: Exception) -> Exception:
+    """Libraries in Rust (tokenizers, safetensors) say `No space left on device (os error 28)` in exceptions of their own."""
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(int(number[1]), os.strerror(int(number[1]))) if number and not isinstance(error, OSError) else error
 
 
 LOST = ("gloo/", "nccl", "connection closed by peer", "connection reset by peer")

@@ -88,6 +88,20 @@ def test_a_failing_disk_is_one_error_that_names_the_file(recipe, tmp_path, strai
     assert adapter_bytes(out) == adapter_bytes(straight)
 
 
+def test_what_a_library_in_rust_says_of_a_full_disk_is_a_fault_of_storage(lora, recipe, tmp_path, monkeypatch):
+    from transformers import PreTrainedTokenizerFast
+
+    def full(*_, **__):
+        raise Exception("No space left on device (os error 28)")
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", full)
+
+    done = lora("train", recipe({"training.max_steps": 1}), code=5)
+
+    assert "error: the disk refuses: No space left on device\n" in done.err
+    assert not (tmp_path / "out/adapter_model.safetensors").exists()
+
+
 def test_a_file_that_may_not_grow_any_more_is_a_fault_of_storage(recipe, tmp_path, straight):
     limit = (straight / "checkpoints" / step(3) / OPTIMIZER).stat().st_size - 1
     run = forked(
