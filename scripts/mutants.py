@@ -135,9 +135,30 @@ MUTANTS = (
     Mutant(
         "dropout acts on nothing",
         "lora/layer.py",
-        "lora_update(self.dropout(x), *self.factors(), self.scale)",
-        "lora_update(x, *self.factors(), self.scale)",
+        "dropped = self.dropout(x) if self.training and self.dropout.p else None",
+        "dropped = None",
         "lora/test_layer_laws.py::test_dropout_acts_in_training_alone_and_on_the_update_alone",
+    ),
+    Mutant(
+        "the lean step forgets the update's share of the gradient of x",
+        "kernels/lora_linear.py",
+        "dx.addmm_(d_thin, A.to(kind))",
+        "pass",
+        "laws/test_lean_step.py::test_the_lean_step_is_the_plain_one_on_every_architecture",
+    ),
+    Mutant(
+        "the loss in stretches forgets the weights of tokens in its gradient",
+        "kernels/cross_entropy.py",
+        "share = weights.unsqueeze(1) * head.scale",
+        "share = torch.full_like(weights, head.scale).unsqueeze(1)",
+        "laws/test_lean_step.py::test_the_lean_step_is_the_plain_one_on_every_architecture",
+    ),
+    Mutant(
+        "a cap on the logits is left out",
+        "models/logits.py",
+        '(None, None, "final_logit_softcapping")',
+        "PLAIN",
+        "laws/test_lean_step.py::test_the_lean_step_is_the_plain_one_on_every_architecture",
     ),
     Mutant(
         "DoRA stretches the bias",
@@ -399,15 +420,15 @@ MUTANTS = (
     Mutant(
         "the loss of a batch is a mean",
         "objectives/sft.py",
-        "return Loss(losses @ weights, {})",
-        "return Loss(losses @ weights / weights.count_nonzero().clamp(min=1), {})",
+        "return Loss(total, {})",
+        "return Loss(total / weights.count_nonzero().clamp(min=1), {})",
         "train/test_loop.py::test_the_loss_of_a_step_is_the_mean_over_its_trained_tokens",
     ),
     Mutant(
         "weights of tokens are ignored in the loss",
-        "objectives/sft.py",
-        "return Loss(losses @ weights, {})",
-        "return Loss(losses.sum(), {})",
+        "kernels/cross_entropy.py",
+        "return losses @ weights, losses",
+        "return losses.sum(), losses",
         "objectives/test_sft.py",
     ),
     Mutant(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from lora_cli.budget.shapes import Config, falcon_norms, widths
+from lora_cli.kernels.sizes import LOGITS_AT_ONCE
 
 FLASH = "flash_attention_2"
 FP32 = 4  # bytes; what norms compute in, whatever the model's type
@@ -21,13 +22,16 @@ FP32 = 4  # bytes; what norms compute in, whatever the model's type
 class Stretch:
     """`token` bytes are kept for every token, and `pair` for every token and token of its row (attention and masks).
 
-    With `inputs_of`, it is the input of these linears: kept where one of them has an adapter. `probabilities` of each pair
-    are kept where attention is computed step by step.
+    With `inputs_of`, it is the input of these linears: kept where one of them has an adapter; `alone` bytes where nothing
+    before it is kept, which would hold it too. With `behind`, it is kept where a gradient goes through that linear.
+    `probabilities` of each pair are kept where attention is computed step by step.
     """
 
     token: float = 0
     pair: float = 0
     inputs_of: tuple[str, ...] = ()
+    alone: float = 0
+    behind: str | None = None
     mlp: bool = False
     probabilities: int = 0
 
@@ -52,6 +56,7 @@ class How:
     use_dora: bool = False
     freeze_A: bool = False  # B alone is trained: the inputs of adapters are not needed again
     doubled: bool = False  # the start of A and B is taken off again: twice the rank
+    logits_at_once: int | None = LOGITS_AT_ONCE["cuda"]  # a stretch of rows; None where the model makes all of them
 
 
 @dataclass(frozen=True)
@@ -86,11 +91,13 @@ def block_memory(
     stretches: Sequence[Stretch], adapters: Mapping[str, Adapter], how: How, hidden: int, *, reached: bool
 ) -> BlockMemory:
     """`adapters` by the linear's path inside the block; `reached` tells whether a gradient comes through to its input."""
-    whole, rest, flows = Kept(), Kept(), reached
+    whole, rest, flows, dry = Kept(), Kept(), reached, set[str]()
     for stretch in stretches:
         reading = [adapters[path] for path in stretch.inputs_of if path in adapters]
         shared = not stretch.inputs_of or (reading and not how.dropout and not how.freeze_A)
-        kept = Kept(stretch.token, stretch.pair) if shared and (flows or reading) else Kept()
+        token = stretch.token if flows else max(stretch.token, stretch.alone)
+        kept = Kept(token, stretch.pair) if shared and (flows or reading) and stretch.behind not in dry else Kept()
+        dry |= set() if flows else set(stretch.inputs_of) - set(adapters)
         kept += Kept(sum(_kept_by(adapter, how, flows) for adapter in reading))
         flows = flows or bool(reading)
         whole += kept
@@ -154,7 +161,8 @@ def _probability(how: How) -> int:
 
 def _output(name: str, width: int, how: How, *, copied: bool = False) -> Stretch:
     """The input of the output projection: it is what attention keeps itself, unless it has to be put in order first."""
-    return Stretch(how.number * width if copied or how.attention == "eager" else 0, inputs_of=(name,))
+    own = how.number * width
+    return Stretch(own if copied or how.attention == "eager" else 0, inputs_of=(name,), alone=own)
 
 
 def _gated_mlp(c: Config, how: How) -> list[Stretch]:
@@ -162,7 +170,8 @@ def _gated_mlp(c: Config, how: How) -> list[Stretch]:
     hidden, inner = c["hidden_size"] * how.number, c["intermediate_size"] * how.number
     return [
         Stretch(hidden, inputs_of=("mlp.gate_proj", "mlp.up_proj"), mlp=True),
-        Stretch(3 * inner, mlp=True),
+        Stretch(2 * inner, behind="mlp.gate_proj", mlp=True),
+        Stretch(inner, mlp=True),
         Stretch(inner, inputs_of=("mlp.down_proj",), mlp=True),
     ]
 
@@ -186,7 +195,7 @@ def _plain_mlp(
     return [
         Stretch(0 if shared else hidden * how.number, inputs_of=(up,), mlp=True),
         Stretch(kept * inner * how.number, mlp=True),
-        Stretch(0 if own_output else inner * how.number, inputs_of=(down,), mlp=True),
+        Stretch(0 if own_output else inner * how.number, inputs_of=(down,), alone=inner * how.number, mlp=True),
     ]
 
 

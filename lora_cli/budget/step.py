@@ -17,8 +17,10 @@ from lora_cli.lora.config import LoRAConfig
 from lora_cli.lora.targets import layer_index
 from lora_cli.models.recompute import MLP, Recompute, is_recomputed
 
-# The loss and its gradient: log-probabilities, their gradient, and the logits' gradient, each in float32
+# The loss and its gradient, in float32. Of all logits at once: log-probabilities, their gradient, and the logits'
 BYTES_A_LOGIT = 3 * FP32
+# Of a stretch: the logits, in whose place their gradient is made, beside it in the base's type; and the slope of a cap
+BYTES_IN_A_STRETCH, BYTES_OF_A_SLOPE = FP32, FP32
 GRADIENTS_AT_ONCE = 2
 # Bytes of state a trained parameter: two moments in float32, or in 8 bits with a scale a block of 256
 OPTIMIZER_BYTES = {"adamw": 8.0, "paged_adamw": 8.0, "adamw_8bit": 2.03, "paged_adamw_8bit": 2.03}
@@ -63,6 +65,22 @@ class Setup:
         index = layer_index(linear.path)
         behind = self.shape.blocks if linear.path in self.shape.head else -1
         return behind if index is None else index
+
+    @property
+    def in_stretches(self) -> bool:
+        """Whether the loss never has all logits: the head is a frozen matrix, and not in shards."""
+        adapted = any(linear.path in self.shape.head for linear in self.adapted)
+        return self.how.logits_at_once is not None and not self.full and not adapted
+
+    @property
+    def capped(self) -> bool:
+        return bool(self.shape.config.get("final_logit_softcapping"))
+
+    @property
+    def copied(self) -> int:
+        """Bytes of A and B in the base's type that are kept from the forward: by what is not one function a layer."""
+        lean = not self.how.use_dora and self.quantize == "none"
+        return 0 if lean or self.full or self.how.number == FP32 else self.how.number * self.budget.stored
 
     @cached_property
     def widest(self) -> int:
@@ -115,7 +133,7 @@ def step_memory(setup: Setup, batch: Batch, recompute: Recompute) -> StepMemory:
     """The peak: either while the loss is made, or while one of the blocks is passed backwards, whichever is more."""
     kept = [_kept(block, i, recompute).of(batch.rows, batch.row_length) for i, block in enumerate(setup.blocks)]
     after = _behind_the_blocks(setup, batch)
-    logits = BYTES_A_LOGIT * setup.shape.vocabulary * batch.trained
+    logits = _logits(setup, batch)
     peak = (sum(kept) + after, logits, 0.0)
     for i, block in enumerate(setup.blocks):
         again = _again(block, i, recompute).of(batch.rows, batch.row_length)
@@ -128,10 +146,9 @@ def _standing(setup: Setup) -> tuple[int, int, int, int]:
     """Weights, adapter, gradients, optimizer."""
     weights, trained = base_bytes(setup.shape, setup.quantize, setup.how.number), setup.trained
     state, number = OPTIMIZER_BYTES[setup.optimizer], setup.how.number
-    copy = number if number < FP32 else 0
     if setup.full:  # in 16 bits: gradients as the weights, and float32 masters beside the state
-        return weights, 0, number * trained, round((state + (FP32 if copy else 0)) * trained)
-    return weights, (FP32 + copy) * setup.budget.stored, FP32 * trained, round(state * trained)
+        return weights, 0, number * trained, round((state + (FP32 if number < FP32 else 0)) * trained)
+    return weights, FP32 * setup.budget.stored + setup.copied, FP32 * trained, round(state * trained)
 
 
 def kept_bytes(setup: Setup, batch: Batch, recompute: Recompute) -> float:
@@ -152,10 +169,25 @@ def _again(block: BlockMemory, number: int, recompute: Recompute) -> Kept:
 
 
 def _behind_the_blocks(setup: Setup, batch: Batch) -> float:
-    """The last norm's input, and what a cap on the logits keeps of them."""
+    """The last norm's input, and of the loss the gradient of the states it reads: where the model makes all logits, the
+    log-probabilities come instead (`_logits`), and what a cap keeps of them.
+    """
     norm = last_norm(setup.shape.model_type, setup.shape.hidden, setup.how).of(batch.rows, batch.row_length)
-    capped = setup.shape.vocabulary * batch.trained if setup.shape.model_type == "gemma2" else 0
+    if setup.in_stretches:
+        return norm + setup.how.number * setup.shape.hidden * batch.trained
+    capped = setup.shape.vocabulary * batch.trained if setup.capped else 0
     return norm + setup.how.number * capped
+
+
+def _logits(setup: Setup, batch: Batch) -> float:
+    """While the loss is made: of a stretch, with the states that the head reads, and their gradient by it."""
+    logits = setup.shape.vocabulary * batch.trained
+    if not setup.in_stretches:
+        return BYTES_A_LOGIT * logits
+    narrow = setup.how.number if setup.how.number < FP32 else 0
+    a_logit = BYTES_IN_A_STRETCH + narrow + (BYTES_OF_A_SLOPE if setup.capped else 0)
+    states = 2 * setup.how.number * setup.shape.hidden * batch.trained
+    return a_logit * min(logits, max(setup.how.logits_at_once, setup.shape.vocabulary)) + states
 
 
 def _backward(setup: Setup, block: BlockMemory, batch: Batch) -> float:

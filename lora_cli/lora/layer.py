@@ -22,11 +22,11 @@ from abc import abstractmethod
 import torch
 from torch import Tensor, nn
 
-from lora_cli.kernels.lora_linear import lora_update
+from lora_cli.kernels.lora_linear import lora_linear, lora_update
 from lora_cli.lora.config import LoRAConfig
 from lora_cli.lora.shards import gathered, put
 from lora_cli.lora.stand_in import StandIn
-from lora_cli.lora.weights import Weight
+from lora_cli.lora.weights import Weight, frozen_matrix
 
 
 class LoRALayer(nn.Module):
@@ -111,6 +111,14 @@ class LoRALinear(LoRAModule):
 
     y = base(x) + scale · B A dropout(x)          A: [r, in]   B: [out, r]
     """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., in] -> [..., out]; in one function where the base does no more than multiply by its weight."""
+        W = frozen_matrix(self.base) if self.enabled and self.magnitude is None else None
+        if W is None or W.dtype != x.dtype:
+            return super().forward(x)
+        dropped = self.dropout(x) if self.training and self.dropout.p else None
+        return lora_linear(x, W, self.base.bias, *self.factors(), self.scale, dropped=dropped)
 
     def low_rank(self, x: Tensor) -> Tensor:
         """x: [..., in] -> [..., out]"""

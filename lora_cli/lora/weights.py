@@ -13,6 +13,8 @@ from math import prod
 
 from torch import Tensor, nn
 
+from lora_cli.lora.shards import is_sharded
+
 LINEAR, EMBEDDING, CONVOLUTION, EXPERTS = "linear", "embedding", "convolution", "experts"
 
 
@@ -105,6 +107,15 @@ def dense(layer: nn.Module) -> Tensor:
     if storage is None:
         raise ValueError(f"{type(layer).__name__} has no weight of a known storage")
     return storage.read(layer)
+
+
+def frozen_matrix(layer: nn.Module) -> Tensor | None:
+    """[out, in]: the weight of a frozen layer that does no more than multiply by it; None where only the layer knows how."""
+    storage = storage_of(layer)
+    if storage is None or storage.quantised or type(layer).__name__ != storage.class_name:
+        return None
+    weight = storage.read(layer)
+    return None if weight.requires_grad or is_sharded(weight) else weight
 
 
 def keep_unpacked(model: nn.Module) -> None:

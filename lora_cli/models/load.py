@@ -11,6 +11,7 @@ import torch
 from lora_cli.data.examples import Examples
 from lora_cli.data.types import Example
 from lora_cli.errors import ModelError, Problem, SafetyError, UserError, is_out_of_memory, said
+from lora_cli.kernels.products import has_bfloat16
 from lora_cli.lora.base_files import weight_files
 from lora_cli.lora.inject import linears
 from lora_cli.lora.weights import weights_of
@@ -55,13 +56,6 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     if name != "auto":
         return DTYPES[name]
     return torch.bfloat16 if has_bfloat16(device) else torch.float32
-
-
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether bfloat16 products run in hardware: emulated ones are slower than float32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def load_model(

@@ -1,25 +1,53 @@
 """Supervised fine-tuning: the cross-entropy of the trained tokens."""
 
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from lora_cli.data.types import IGNORE, Batch
+from lora_cli.kernels.cross_entropy import head_cross_entropy
 from lora_cli.models.attention import packed_arguments
+from lora_cli.models.logits import frozen_head, last_hidden
 from lora_cli.objectives.base import BY_SOURCE, Loss
 
 
 def sft(model: nn.Module, batch: Batch) -> Loss:
-    """Σ weight · −log p(label), in nats, over the labelled positions; logits are made for those positions alone.
+    """Σ weight · −log p(label), in nats, over the labelled positions; logits are made for those positions alone, and
+    never of all of them at once where the head is a frozen matrix.
 
     Padding stands to the right of every row, where a causal model can't see it; packed documents are kept apart.
     """
-    positions = batch["positions"]
-    apart = packed_arguments(model, batch["documents"], batch["places"]) if "documents" in batch else {}
-    logits = model(input_ids=batch["input_ids"], use_cache=False, logits_to_keep=positions, **apart).logits
-    labels = batch["labels"][:, positions].flatten()
-    losses = F.cross_entropy(logits.flatten(0, 1).float(), labels, ignore_index=IGNORE, reduction="none")
-    weights = batch["weights"][:, positions].flatten()
+    head = frozen_head(model)
+    at = _labelled(batch) if head else _columns(batch)
+    labels, weights = batch["labels"][at].flatten(), batch["weights"][at].flatten()
+    if head:
+        states = last_hidden(model, **_inputs(model, batch))[at].flatten(0, -2)
+        total, losses = head_cross_entropy(states, head, labels.clamp(min=0), weights)
+    else:
+        logits = model(**_inputs(model, batch), use_cache=False, logits_to_keep=batch["positions"]).logits
+        losses = F.cross_entropy(logits.flatten(0, 1).float(), labels, ignore_index=IGNORE, reduction="none")
+        total, losses = losses @ weights, losses.detach()
     if "sources" not in batch:
-        return Loss(losses @ weights, {})
-    of_source = batch["sources"][:, :, positions].flatten(1).to(losses.dtype)
-    return Loss(losses @ weights, {BY_SOURCE: of_source @ (losses * weights).detach()})
+        return Loss(total, {})
+    of_source = batch["sources"][:, *at].flatten(1).to(losses.dtype)
+    return Loss(total, {BY_SOURCE: of_source @ (losses * weights)})
+
+
+def _inputs(model: nn.Module, batch: Batch) -> dict[str, object]:
+    """Nobody holds them beside the forward: masks are large, and not needed while the loss is made."""
+    apart = packed_arguments(model, batch["documents"], batch["places"]) if "documents" in batch else {}
+    return {"input_ids": batch["input_ids"], **apart}
+
+
+Index = tuple[slice | Tensor, ...]  # of [batch, time]
+
+
+def _columns(batch: Batch) -> Index:
+    """Every row at the positions where any of them has a label."""
+    return slice(None), batch["positions"]
+
+
+def _labelled(batch: Batch) -> Index:
+    """The labelled positions themselves, in order. A GPU would have to be waited for: there, columns."""
+    if batch["labels"].device.type != "cpu":
+        return _columns(batch)
+    return (batch["labels"] != IGNORE).nonzero(as_tuple=True)

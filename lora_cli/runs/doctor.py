@@ -11,7 +11,8 @@ import torch
 
 from lora_cli.data.cache import MOST_BYTES, rows_cache, size
 from lora_cli.errors import first_line
-from lora_cli.models.load import default_device, has_bfloat16
+from lora_cli.kernels.products import has_bfloat16
+from lora_cli.models.load import default_device
 from lora_cli.train.trackers import TRACKERS
 
 PACKAGES = (

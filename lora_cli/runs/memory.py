@@ -12,6 +12,7 @@ from lora_cli.budget.shapes import ModelShape
 from lora_cli.budget.speed import Rates
 from lora_cli.budget.step import Setup
 from lora_cli.errors import ModelError, Problem
+from lora_cli.kernels.sizes import LOGITS_AT_ONCE
 from lora_cli.models.recompute import recompute_of
 from lora_cli.recipe.schema import Recipe, labels_of
 
@@ -58,6 +59,7 @@ def setup_of(
         use_dora=lora.use_dora,
         freeze_A=lora.freeze_A,
         doubled=lora.init in ("pissa", "olora"),
+        logits_at_once=LOGITS_AT_ONCE[kind],
     )
     adapted = adapted_linears(shape, lora.targets, exclude=lora.exclude, layers=lora.layers)
     if other := [linear.path for linear in adapted if linear in shape.by_name]:

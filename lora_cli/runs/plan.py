@@ -182,7 +182,8 @@ def _catalogued(gpu: GPU, gpus: int) -> Machine:
 def _this_machine(recipe: Recipe, gpus: int) -> Machine:
     import torch
 
-    from lora_cli.models.load import default_device, has_bfloat16, resolve_dtype
+    from lora_cli.kernels.products import has_bfloat16
+    from lora_cli.models.load import default_device, resolve_dtype
 
     device = default_device()
     bfloat16 = has_bfloat16(device)

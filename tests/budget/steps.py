@@ -13,6 +13,7 @@ from lora_cli.budget.shapes import shape_of
 from lora_cli.budget.step import Batch, Setup
 from lora_cli.data.collate import collate
 from lora_cli.data.types import Example, RowId
+from lora_cli.kernels.sizes import LOGITS_AT_ONCE
 from lora_cli.lora.config import LoRAConfig
 from lora_cli.lora.inject import inject, linears
 from lora_cli.lora.targets import choose_targets
@@ -64,6 +65,7 @@ def tiny_step(
         masked=packed,
         dropout=dtype.itemsize if dropout else 0,
         use_dora=lora.use_dora,
+        logits_at_once=LOGITS_AT_ONCE["cpu"],
         freeze_A=lora.freeze_A,
     )
     setup = Setup(shape, tuple(adapted_linears(shape, targets)), lora, how)

@@ -51,9 +51,8 @@ def saved_bytes(step: TinyStep) -> int:
 
 
 def predicted_bytes(step: TinyStep) -> float:
-    """What blocks and head keep, the log-probabilities, and the adapters' copies in the base's type."""
-    copies = 0 if step.setup.how.number == 4 else step.setup.how.number * step.setup.budget.trainable
-    return kept_bytes(step.setup, step.batch, 0) + 4 * 320 * step.batch.trained + copies
+    """What blocks and loss keep, and the adapters' copies in the base's type."""
+    return kept_bytes(step.setup, step.batch, 0) + step.setup.copied
 
 
 def test_every_architecture_with_a_parameter_formula_has_one_for_its_activations():
@@ -87,7 +86,7 @@ def test_only_what_a_gradient_needs_is_kept(name, targets):
     step = tiny_step(name, targets=targets)
 
     # what precedes the adapter inside its own block is counted coarsely, and there are but two blocks
-    assert predicted_bytes(step) == pytest.approx(saved_bytes(step), rel=0.12)
+    assert predicted_bytes(step) == pytest.approx(saved_bytes(step), rel=0.1)
 
 
 @pytest.mark.parametrize(
