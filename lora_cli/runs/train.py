@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from lora_cli.budget.modules import whole_of, whole_paths
+from lora_cli.budget.modules import counted, whole_of, whole_paths
 from lora_cli.budget.params import Budget, Whole, budget_of
-from lora_cli.budget.shapes import Linear
 from lora_cli.data.examples import Examples, sources_in
 from lora_cli.data.order import places, steps
 from lora_cli.data.pipeline import OnTokenized
@@ -29,10 +28,10 @@ from lora_cli.lora.adapter import Adapter
 from lora_cli.lora.base_files import fingerprint
 from lora_cli.lora.config import CAUSAL_LM, SEQ_CLS
 from lora_cli.lora.init import INITS
-from lora_cli.lora.inject import disabled, frozen_digest, inject, linears
+from lora_cli.lora.inject import disabled, frozen_digest, inject, names_of_targets
 from lora_cli.lora.peft_format import WEIGHTS, load_adapter, save_adapter
-from lora_cli.lora.targets import fused_notices, names_to_save, shortest_suffixes
-from lora_cli.lora.weights import storage_of
+from lora_cli.lora.targets import fused_notices, names_to_save
+from lora_cli.lora.weights import Weight, fan_in_fan_out, weights_of
 from lora_cli.models.attention import packs
 from lora_cli.models.base import resolve_base
 from lora_cli.models.identity import tokenizer_identity
@@ -45,6 +44,7 @@ from lora_cli.runs.check import check_rows, target_paths
 from lora_cli.runs.decision import decision
 from lora_cli.runs.folder import RunFolder
 from lora_cli.runs.history import INTERRUPTED, read_history
+from lora_cli.runs.kinds import tell_of_kinds
 from lora_cli.runs.metering import metered
 from lora_cli.runs.parts import Rows, Run
 from lora_cli.runs.proof_rows import write_proof_rows
@@ -111,13 +111,15 @@ def prepare(loaded: LoadedRecipe, folder: RunFolder, progress: OnTokenized | Non
     paths = target_paths(recipe, model, whole)
     for notice in fused_notices(recipe.lora.targets, paths):
         log.info(notice)
-    if experts := [name for name, p in model.named_parameters() if p.ndim == 3 and "experts" in name]:
-        log.warning("%d weights of experts (%s …) are no linear layers and get no adapter", len(experts), experts[0])
-    adapted = {path: model.get_submodule(path) for path in paths}
+    weights = weights_of(model)
+    adapted = {path: weights[path] for path in paths}
+    tell_of_kinds(weights, adapted, recipe.lora)
     budget = _budget(recipe, model, adapted, whole_of(model, whole))
     every_module = [name for name, _ in model.named_modules()]
+    target_modules, target_parameters = names_of_targets(model, paths)
     config = recipe.lora.config(
-        shortest_suffixes(paths, every_module),
+        target_modules,
+        target_parameters=target_parameters,
         modules_to_save=names_to_save(whole, every_module),
         task_type=SEQ_CLS if rows.labels else CAUSAL_LM,
         base=base.name,
@@ -153,7 +155,7 @@ def prepare(loaded: LoadedRecipe, folder: RunFolder, progress: OnTokenized | Non
         rows=rows,
         model=model,
         config=config,
-        transposed=any(storage_of(module).transposed for module in adapted.values()),
+        transposed=fan_in_fan_out(adapted.values()),
         budget=budget,
         plan=planned(recipe, rows),
         settings=_settings(recipe, rows, decided.layout),
@@ -416,19 +418,12 @@ def _training_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
     return resolve_dtype(recipe.model.dtype, device)
 
 
-def _budget(recipe: Recipe, model: nn.Module, adapted: dict[str, nn.Module], whole: list[Whole]) -> Budget:
+def _budget(recipe: Recipe, model: nn.Module, adapted: Mapping[str, Weight], whole: list[Whole]) -> Budget:
     """Counted on the real modules, before they are wrapped; a quantised base counts as the weights it stands for."""
-    shapes = {path: storage_of(module).shape(module) for path, module in adapted.items()}
-    counted = [Linear(path, in_features, out_features) for path, (out_features, in_features) in shapes.items()]
-    packed = {id(m.weight): m for m in linears(model).values()}
-    parameters = sum(
-        storage_of(packed[id(p)]).shape(packed[id(p)])[0] * storage_of(packed[id(p)]).shape(packed[id(p)])[1]
-        if id(p) in packed
-        else p.numel()
-        for p in model.parameters()
-    )
+    packed = {id(weight.tensor): weight.numel for weight in weights_of(model).values()}
+    parameters = sum(packed.get(id(p), p.numel()) for p in model.parameters())
     new = sum(module.parameters for module in whole if module.new)
-    return budget_of(counted, parameters - new, recipe.lora.config(), whole)
+    return budget_of(counted(adapted), parameters - new, recipe.lora.config(), whole)
 
 
 def _check_same(trained: Adapter, saved: Adapter, folder: Path) -> None:
