@@ -18,8 +18,8 @@ VARIANTS: dict[str, dict] = {
     "rslora": {"use_rslora": True},
     "dora": {"use_dora": True},
     "dora+rslora": {"use_dora": True, "use_rslora": True},
-    "patterns": {"rank_pattern": {PATH: 3}, "alpha_pattern": {PATH: 5}},
-    "rslora+patterns": {"use_rslora": True, "rank_pattern": {PATH: 3}, "alpha_pattern": {PATH: 5}},
+    "patterns": {"rank_pattern": {PATH: 2}, "alpha_pattern": {PATH: 5}},
+    "rslora+patterns": {"use_rslora": True, "rank_pattern": {PATH: 2}, "alpha_pattern": {PATH: 5}},
 }
 
 

@@ -82,6 +82,7 @@ def read_order(
     from lora_cli.export.proof import proof_device
     from lora_cli.export.staging import refuse_output
     from lora_cli.export.table import FORMATS, is_transposed
+    from lora_cli.lora.completion import load_for
     from lora_cli.lora.peft_format import load_alive
     from lora_cli.models.base import resolve_base
     from lora_cli.models.identity import check_tokenizer
@@ -89,7 +90,7 @@ def read_order(
 
     out = out or folder / format
     refuse_output(out)
-    adapter = load_alive(folder)
+    adapter = load_alive(folder) if format == "peft" else load_for(folder)
     name = base or (adapter.config.base_model_name_or_path if FORMATS[format].needs_base else None)
     transposed = is_transposed(folder)
     if name is None:

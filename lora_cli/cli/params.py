@@ -119,15 +119,18 @@ def _solve(limit: str, lora: "LoRA", adapted: list, base: "MeasuredBase", given:
 
 def _notes(base: "MeasuredBase", lora: "LoRA", budget: "Budget", paths: list[str]) -> tuple[str, ...]:
     from lora_cli.cli.console import bytes_text
+    from lora_cli.lora.config import TAKEN_OFF
     from lora_cli.lora.targets import fused_notices
 
     notes = [*base.shape.notes, *fused_notices(lora.targets, paths)]
     narrow = [row.module for row in budget.rows if row.r > min(row.in_features, row.out_features)]
     if narrow:
         notes.append(f"the rank is above the width of {', '.join(narrow)}: it adds parameters there and nothing else")
-    if lora.init in ("pissa", "olora"):
+    if lora.init in TAKEN_OFF:
         doubled = bytes_text(2 * budget.adapter_bytes)
         notes.append(f"`lora.init: {lora.init}` is saved as a plain adapter of twice the rank: {doubled}")
+    if lora.init == "eva":
+        notes.append("`lora.init: eva` moves rank between modules once it has seen rows: the sum of ranks stays")
     return tuple(notes)
 
 

@@ -87,7 +87,7 @@ def _train(loaded, folder, *, resume: bool, overwrite: bool, allow_change: list[
     # Nobody else can write there before anything is read, and nothing is touched until what can fail early has not
     with folder.held(resume=resume, overwrite=overwrite) if is_first_worker() else nullcontext() as hold:
         with tokenizing() as progress:
-            run = prepare(loaded, folder, progress)
+            run = prepare(loaded, folder, progress, resume=resume)
         with noted(grace) as signals:
             if hold and (aside := hold.begin()):
                 note(f"the old run was moved to {aside}")

@@ -30,7 +30,7 @@ def unmerge(
     from lora_cli.cli.console import show_json
     from lora_cli.errors import ModelError, Problem
     from lora_cli.export.unmerge import unmerge as take_off
-    from lora_cli.lora.peft_format import load_alive
+    from lora_cli.lora.completion import load_for
     from lora_cli.models.base import resolve_base
     from lora_cli.models.load import DTYPES
 
@@ -40,7 +40,7 @@ def unmerge(
                 "there is no such folder", where=str(merged), fix="give the folder of the merged model with `--merged`"
             )
         )
-    found = load_alive(adapter)
+    found = load_for(adapter)
     folder = resolve_base(str(merged)).folder
     true_base = resolve_base(base).folder if base else None
     with weights_bar("unmerging") as progress:

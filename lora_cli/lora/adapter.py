@@ -63,7 +63,8 @@ class Adapter:
     `extras` holds the parameters of the modules that are trained whole, by the module's path; `labels` are those of a
     classifier, in the order of its head's outputs.
     `base` and `tokenizer` say what it was trained on, where that is known; `origin` what it was made from, where it was
-    not trained but made from other adapters or models.
+    not trained but made from other adapters or models. `completes` names the storage (`nf4`) of the base whose rounding
+    it makes good (LoftQ): on the base in any other storage it is wrong, and `completion.py` tells what is right there.
     """
 
     config: LoRAConfig
@@ -74,6 +75,7 @@ class Adapter:
     tokenizer: TokenizerFingerprint | None = None
     origin: Mapping[str, object] | None = None
     forms: Mapping[str, Form] = field(default_factory=dict)
+    completes: str | None = None
 
     @classmethod
     def of(

@@ -21,6 +21,8 @@ SHOWN_CHARACTERS = 80
 
 Value = TypeVar("Value")
 
+TAKEN_OFF = ("pissa", "olora")  # starts (`lora.init`) whose B A is taken off again, and saved in twice the rank
+
 # PEFT's words for what the base is loaded as
 CAUSAL_LM, SEQ_CLS = "CAUSAL_LM", "SEQ_CLS"
 

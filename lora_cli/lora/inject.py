@@ -6,11 +6,11 @@ there decides, through a table, which layer class goes around it.
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_cli.errors import ModelError, Problem, RecipeError
 from lora_cli.lora.config import LoRAConfig
@@ -58,19 +58,21 @@ def inject(
     *,
     whole: Sequence[str] = (),
     init: Init = kaiming,
+    given: Callable[[str], Tensor] | None = None,
     seed: int = 0,
 ) -> dict[str, LoRALayer]:
     """Freeze the model, wrap the modules at `paths`, and train those at `whole` whole; returns the LoRA layers by path.
 
-    Each layer's start is a function of (seed, path) alone: the same on every process and for any choice of targets.
+    Each layer's start is a function of (seed, path), and of what is `given` for the path where the start needs it: the
+    same on every process and for any choice of targets.
     """
     layers = wrap(model, config, paths, whole=whole)
     for path in paths:
         try:
-            init(layers[path], generator_for(seed, path))
+            init(layers[path], generator_for(seed, path), *([given(path)] if given else []))
         except ValueError as error:
             raise RecipeError(
-                Problem(f"`lora.init` can't start {path}: {error}", fix="lower `lora.r`, or use `lora.init: default`")
+                Problem(f"`lora.init` can't start {path}: {error}", fix="change `lora.r`, or use `lora.init: default`")
             ) from error
     _warn_of_ranks(config, layers)
     return layers

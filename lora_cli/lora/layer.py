@@ -34,7 +34,7 @@ class LoRALayer(nn.Module):
 
     Experts that share a parameter have [experts, r, in] and [experts, out, r]: the last two sides are the matrix's.
 
-    Where A and B start from the weight itself (PiSSA, OLoRA), `start_A` and `start_B` hold frozen copies of that start
+    Where A and B start as a part of the weight itself (PiSSA, OLoRA), `start_A` and `start_B` hold frozen copies of that start
     and their product is taken off again: the function begins at the base's, and the base need not be changed.
     """
 
@@ -64,13 +64,18 @@ class LoRALayer(nn.Module):
             return A, B
         return torch.cat([A, self.start_A], dim=-2), torch.cat([B, -self.start_B], dim=-1)
 
-    def begin_at(self, A: Tensor, B: Tensor) -> None:
-        """Start training from A and B; unless one of them is zero they are remembered and taken off in every forward."""
+    def begin_at(self, A: Tensor, B: Tensor, *, take_off: bool = False) -> None:
+        """Start training from A and B. With `take_off` they are remembered, and taken off in every forward.
+
+        DoRA starts at the row norms of what the layer computes (DoRA, section 4.1).
+        """
         with torch.no_grad():
             put(self.lora_A, A)
             put(self.lora_B, B)
-            if A.any() and B.any():
+            if take_off:
                 self.start_A, self.start_B = gathered(self.lora_A).clone(), gathered(self.lora_B).clone()
+            elif self.magnitude is not None and B.any():
+                put(self.magnitude, (self.dense().float() + self.scale * B @ A).norm(dim=-1))
 
 
 class LoRAModule(LoRALayer, StandIn):

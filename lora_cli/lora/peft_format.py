@@ -37,6 +37,7 @@ MOST_LABELS = 100_000
 HEADS = ("classifier", "score")  # PEFT names both in the config of every classifier
 TOKENIZER = "lora.tokenizer_fingerprint"
 ORIGIN = "lora.origin"
+COMPLETES = "lora.completes"
 PREFIX = "base_model.model."
 LARGEST_CONFIG_BYTES = 1_000_000
 LARGEST_HEADER_BYTES = 1_000_000  # 126 blocks with 7 targets of 3 tensors each have 0.4 MB
@@ -138,6 +139,7 @@ def adapter_files(adapter: Adapter, *, transposed: bool = False) -> dict[str, by
         LABELS: adapter.labels and json.dumps(adapter.labels),
         TOKENIZER: adapter.tokenizer and adapter.tokenizer.to_json(),
         ORIGIN: adapter.origin and json.dumps(adapter.origin, sort_keys=True),
+        COMPLETES: adapter.completes,
     }
     metadata = {"format": "pt"} | {key: text for key, text in known.items() if text}
     return {
@@ -177,8 +179,10 @@ def load_adapter(folder: Path) -> Adapter:
     layers, forms = _layers({name: t for name, t in tensors.items() if name not in whole}, config, where=file)
     if any(found.get(key) for key in CHOOSES_OTHERWISE) or isinstance(found.get("target_modules"), str):
         config = replace(config, target_modules=tuple(path for path in layers if of_expert(path)[1] is None))
-    base, tokenizer, origin = _identity(file)
-    adapter = Adapter(config, layers, base, extras, _labels(file, config, extras), tokenizer, origin, forms)
+    base, tokenizer, origin, completes = _identity(file)
+    adapter = Adapter(
+        config, layers, base, extras, _labels(file, config, extras), tokenizer, origin, forms, completes=completes
+    )
     adapter.check_finite(where=str(file))
     return adapter
 
@@ -366,16 +370,27 @@ def _plain_name(name: str) -> str:
     return re.sub(r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector)\.default(?=\.weight$|$)", r".\1", name)
 
 
-def _identity(file: Path) -> tuple[Fingerprint | None, TokenizerFingerprint | None, dict | None]:
-    """What the file says of the base, the tokenizer and where the adapter comes from."""
+def _identity(file: Path) -> tuple[Fingerprint | None, TokenizerFingerprint | None, dict | None, str | None]:
+    """What the file says of the base, the tokenizer, where the adapter comes from, and which storage it completes."""
     metadata = read_metadata(file)
-    readers = {FINGERPRINT: Fingerprint.from_json, TOKENIZER: TokenizerFingerprint.from_json, ORIGIN: _mapping}
+    readers = {
+        FINGERPRINT: Fingerprint.from_json,
+        TOKENIZER: TokenizerFingerprint.from_json,
+        ORIGIN: _mapping,
+        COMPLETES: _storage,
+    }
     try:
         return tuple(read(metadata[key]) if metadata.get(key) else None for key, read in readers.items())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(
             Problem("the fingerprint of its base can't be read", where=str(file), fix="copy or train it again")
         ) from error
+
+
+def _storage(text: str) -> str:
+    if not re.fullmatch(r"[a-z0-9_]{1,20}", text):
+        raise ValueError(f"{text!r} is no storage")
+    return text
 
 
 def _mapping(text: str) -> dict:

@@ -15,6 +15,8 @@ OTHER_TOOLS = {
         "exclude_modules": "lora.exclude",
         "layers_to_transform": "lora.layers",
         "init_lora_weights": "≈ lora.init",
+        "loftq_config": "≈ lora.init",
+        "eva_config": "lora.init: eva",
     },
     "axolotl": {
         "base_model": "model.base",

@@ -168,6 +168,22 @@ def a_frozen_A_is_no_slower_than_B(recipe: Recipe) -> Problem | None:
     )
 
 
+def loftq_completes_a_quantised_base(recipe: Recipe) -> Problem | None:
+    if recipe.lora.init != "loftq" or recipe.model.quantize != "none":
+        return None
+    what = "`lora.init: loftq` makes good what quantising takes from the base, and `model.quantize` is `none`"
+    return Problem(what, fix="set `model.quantize: nf4`, or leave `init` out")
+
+
+def eva_chooses_the_ranks(recipe: Recipe) -> Problem | None:
+    if recipe.lora.init != "eva" or not (recipe.lora.rank_pattern or recipe.lora.alpha_pattern):
+        return None
+    what = (
+        "`lora.init: eva` chooses the rank of each module, and `lora.rank_pattern` or `lora.alpha_pattern` sets it too"
+    )
+    return Problem(what, fix="leave the patterns out, or use another `init`")
+
+
 def evaluations_need_rows(recipe: Recipe) -> Problem | None:
     training = recipe.training
     if training.eval_steps is None or recipe.data.eval or training.sample_prompts or training.early_stopping_patience:
@@ -220,6 +236,8 @@ RULES = (
     Rule(("training.early_stopping_patience", "training.eval_steps", "data.eval"), patience_needs_evaluations),
     Rule(("training.keep_best", "training.eval_steps", "data.eval"), the_best_needs_evaluations),
     Rule(("lora.start_from", "lora.init"), a_start_has_no_init),
+    Rule(("lora.init", "model.quantize"), loftq_completes_a_quantised_base),
+    Rule(("lora.init", "lora.rank_pattern", "lora.alpha_pattern"), eva_chooses_the_ranks),
     Rule(("training.loraplus_lr_ratio", "lora.freeze_A", "training.learning_rate"), a_frozen_A_is_no_slower_than_B),
     Rule(("training.eval_steps", "data.eval", "training.sample_prompts"), evaluations_need_rows),
     Rule(("training.sample_prompts", "data.template", "data.train"), sample_prompts_fill_the_template),

@@ -90,10 +90,16 @@ class LoRA(Block):
     use_dora: bool = Field(
         False, description="Learn a magnitude per output beside the direction (DoRA); better at low rank, slower."
     )
-    init: Literal["default", "gaussian", "pissa", "olora"] = Field(
+    init: Literal["default", "gaussian", "orthogonal", "pissa", "olora", "loftq", "eva"] = Field(
         "default",
-        description="How A and B start; `pissa` and `olora` start in the base weight's own directions, at the cost of "
-        "a decomposition per module, the others at a random A and B = 0.",
+        description="How A and B start; `pissa` and `olora` in the base weight's own directions, `loftq` where they make "
+        "good what quantising took from the base, `eva` where the inputs of the training rows vary most; `default` and "
+        "`gaussian` with a random A and B = 0.",
+    )
+    eva_rho: Annotated[float, Field(ge=1)] = Field(
+        2.0,
+        description="With `init: eva`, the rank of a module is up to this many times `r`, and the sum of all ranks stays; "
+        "1 gives every module `r`.",
     )
     freeze_A: bool = Field(
         False,

@@ -19,7 +19,7 @@ from lora_cli.lora.algebra import (
     spectra,
     truncate,
 )
-from lora_cli.lora.peft_format import load_alive
+from lora_cli.lora.completion import load_for
 from lora_cli.lora.svd import SVD
 
 
@@ -35,7 +35,7 @@ def compose_folders(
     """Compose the adapters in `folders` and write the result. Raises before any work for what doesn't go together."""
     _check_settings(folders, weights, how)
     refuse_output(out)
-    terms = [Term(load_alive(folder), weight, str(folder)) for folder, weight in zip(folders, weights, strict=True)]
+    terms = [Term(load_for(folder), weight, str(folder)) for folder, weight in zip(folders, weights, strict=True)]
     differences = _check_one_base(terms, allow=allow_base_mismatch)
     transposed = {is_transposed(folder) for folder in folders}
     if len(transposed) > 1 or (problems := shape_problems(terms)):
@@ -55,7 +55,7 @@ def compose_folders(
 def resize_folder(folder: Path, out: Path, choose: Callable[[Mapping[str, SVD]], Mapping[str, int]]) -> Made:
     """Write the adapter of `folder` with the ranks that `choose` picks from its spectra: the best there is of them."""
     refuse_output(out)
-    adapter = load_alive(folder)
+    adapter = load_for(folder)
     found = spectra(adapter)
     ranks = choose(found)
     made, fits = truncate(adapter, ranks, found)

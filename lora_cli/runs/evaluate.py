@@ -17,6 +17,7 @@ from lora_cli.evaluate.loss import HeldOut, held_out_loss
 from lora_cli.infer.generate import answer
 from lora_cli.lora.adapter import Adapter
 from lora_cli.lora.base_files import fingerprint
+from lora_cli.lora.completion import load_for
 from lora_cli.lora.peft_format import load_alive
 from lora_cli.lora.switch import switch, switched
 from lora_cli.models.base import Base, resolve_base
@@ -81,9 +82,9 @@ def load_resident(folders: Sequence[Path], model: Model | None, *, allow_base_mi
 
     Every adapter is checked against the base and the first one's tokenizer, and put in once, before any is used.
     """
-    adapters = {folder: load_alive(folder) for folder in folders}
-    first = next(iter(adapters), None)
-    model = model or trained_base(adapters[first], first)
+    first = next(iter(folders), None)
+    model = model or trained_base(load_alive(first), first)
+    adapters = {folder: load_for(folder, model.quantize) for folder in folders}
     base = resolve_base(model.base, model.revision)
     identity = fingerprint(base.folder)
     for adapter in adapters.values():

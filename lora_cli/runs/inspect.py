@@ -13,7 +13,8 @@ from lora_cli.export.names import places, read_parts
 from lora_cli.lora.adapter import Adapter, Factors
 from lora_cli.lora.algebra import Term, shape_problems
 from lora_cli.lora.base_files import fingerprint, stored_tensors
-from lora_cli.lora.peft_format import load_adapter, to_peft
+from lora_cli.lora.completion import load_for
+from lora_cli.lora.peft_format import to_peft
 from lora_cli.lora.spectrum import Side, effective_rank, inner_product, intruders, overlap
 from lora_cli.lora.svd import SVD, of_factors
 from lora_cli.lora.targets import kind_of
@@ -112,7 +113,7 @@ def inspect_adapter(
     progress: Callable[[str], None] = lambda path: None,
 ) -> Inspection:
     """Measure every module of an adapter, one after the other; with `base`, beside the weight that it changes."""
-    adapter = load_adapter(folder)
+    adapter = load_for(folder, alive=False)
     read = _weights(adapter, base, allow_base_mismatch) if base else lambda path: None
     modules = []
     for path in adapter.layers:
@@ -123,7 +124,7 @@ def inspect_adapter(
 
 def compare_adapters(first: Path, second: Path, side: Side = "input") -> Comparison:
     """Two adapters side by side. Raises ModelError where they see a module in different shapes."""
-    a, b = load_adapter(first), load_adapter(second)
+    a, b = load_for(first, alive=False), load_for(second, alive=False)
     if problems := shape_problems([Term(a, name=str(first)), Term(b, name=str(second))]):
         raise ModelError(*problems[:3])
     configs = to_peft(a.config), to_peft(b.config)

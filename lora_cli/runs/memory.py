@@ -13,6 +13,7 @@ from lora_cli.budget.speed import Rates
 from lora_cli.budget.step import Setup
 from lora_cli.errors import ModelError, Problem
 from lora_cli.kernels.sizes import LOGITS_AT_ONCE
+from lora_cli.lora.config import TAKEN_OFF
 from lora_cli.models.recompute import recompute_of
 from lora_cli.recipe.schema import Recipe, labels_of
 
@@ -58,7 +59,7 @@ def setup_of(
         dropout=0 if lora.dropout == 0 else 1 if kind == "cuda" else number,
         use_dora=lora.use_dora,
         freeze_A=lora.freeze_A,
-        doubled=lora.init in ("pissa", "olora"),
+        doubled=lora.init in TAKEN_OFF,
         logits_at_once=LOGITS_AT_ONCE[kind],
     )
     adapted = adapted_linears(shape, lora.targets, exclude=lora.exclude, layers=lora.layers)

@@ -1,7 +1,7 @@
 """Everything a run consists of, as values: what `prepare` makes and the other steps read."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -69,6 +69,9 @@ class Run:
     dtype: torch.dtype
     accelerator: Accelerator
     frozen: str  # digest of the frozen parameters, to prove that training left them alone
+    start: Adapter | None = (
+        None  # where the adapter completes a quantised base: its start, to be taken off on any other
+    )
 
     @property
     def recipe(self) -> Recipe:
@@ -76,4 +79,5 @@ class Run:
 
     def adapter(self) -> Adapter:
         """A copy of what the model has learned so far."""
-        return Adapter.of(self.model, self.config, self.fingerprint, self.rows.labels, self.tokens)
+        found = Adapter.of(self.model, self.config, self.fingerprint, self.rows.labels, self.tokens)
+        return replace(found, completes=self.recipe.model.quantize) if self.start else found

@@ -8,14 +8,15 @@ from torch import nn
 from lora_cli.errors import ModelError, Problem
 from lora_cli.lora.adapter import Adapter
 from lora_cli.lora.base_files import Fingerprint
+from lora_cli.lora.completion import load_for
 from lora_cli.lora.config import LoRAConfig, of_expert
 from lora_cli.lora.inject import lora_layers
-from lora_cli.lora.peft_format import load_adapter
 from lora_cli.lora.whole import whole_modules
+from lora_cli.recipe.schema import Recipe
 
 
 def start_from(
-    folder: Path,
+    recipe: Recipe,
     model: nn.Module,
     config: LoRAConfig,
     base: Fingerprint,
@@ -26,7 +27,8 @@ def start_from(
 
     Raises ModelError where the adapter is of another base, or its layers, ranks or scales are not those of the recipe.
     """
-    adapter = load_adapter(folder)
+    folder = Path(recipe.lora.start_from)
+    adapter = load_for(folder, recipe.model.quantize, alive=False)
     adapter.check_base(base, base_folder)
     if problems := list(_misfits(adapter, model, config, tuple(labels), str(folder))):
         raise ModelError(*problems)

@@ -8,6 +8,7 @@ finish    -> PEFT's two files, tokenizer, run.json, page and card, read back and
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,8 +27,8 @@ from lora_cli.evaluate.loss import held_out_loss
 from lora_cli.infer.generate import answer
 from lora_cli.lora.adapter import Adapter
 from lora_cli.lora.base_files import fingerprint
-from lora_cli.lora.config import CAUSAL_LM, SEQ_CLS
-from lora_cli.lora.init import INITS
+from lora_cli.lora.completion import START, without_start
+from lora_cli.lora.config import CAUSAL_LM, SEQ_CLS, LoRAConfig
 from lora_cli.lora.inject import disabled, frozen_digest, inject, names_of_targets
 from lora_cli.lora.peft_format import WEIGHTS, load_adapter, save_adapter
 from lora_cli.lora.targets import fused_notices, names_to_save
@@ -53,6 +54,7 @@ from lora_cli.runs.report import tell_end, told_if_broken_off, write_report
 from lora_cli.runs.resume import LAYOUT, Continuation, comparable, continuation, is_complete, shared
 from lora_cli.runs.rows import load_rows, new_head, planned
 from lora_cli.runs.start import start_from
+from lora_cli.runs.starts import beginning, with_ranks
 from lora_cli.train import auto
 from lora_cli.train.checkpoint import folder_name, restore, save_checkpoint, set_damaged_aside
 from lora_cli.train.events import Complete, Event, Finished, Interrupted, OutOfMemory, Resumed, Started
@@ -84,8 +86,13 @@ PROOFS = [
 ]
 
 
-def prepare(loaded: LoadedRecipe, folder: RunFolder, progress: OnTokenized | None = None) -> Run:
-    """Make the parts of a run. What needs no weights comes first, so that mistakes are found in seconds."""
+def prepare(
+    loaded: LoadedRecipe, folder: RunFolder, progress: OnTokenized | None = None, *, resume: bool = False
+) -> Run:
+    """Make the parts of a run. What needs no weights comes first, so that mistakes are found in seconds.
+
+    With `resume`, a start that is computed from rows is not computed again.
+    """
     recipe = loaded.recipe
     check_trackers(recipe.training.trackers)
     device = default_device(local_rank())
@@ -99,25 +106,35 @@ def prepare(loaded: LoadedRecipe, folder: RunFolder, progress: OnTokenized | Non
     rows = load_rows(loaded, tokenizer, progress)
     check_rows(loaded, base, tokenizer, rows)
     training = recipe.training
+    head = new_head(training, rows.labels, tokenizer.pad_token_id)
     model = load_model(
         base,
         dtype=dtype,
         quantize=recipe.model.quantize,
         attention=recipe.model.attention,
         device="cpu" if sharding else device,  # where the files are mapped: once for all processes of a machine
-        head=new_head(training, rows.labels, tokenizer.pad_token_id),
+        head=head,
     )
     whole = whole_paths(model, recipe.lora.modules_to_save)
-    paths = target_paths(recipe, model, whole)
+    begun = beginning(
+        recipe,
+        model,
+        target_paths(recipe, model, whole),
+        rows,
+        base=base.folder,
+        head=head,
+        resumed=folder.checkpoints if resume else None,
+    )
+    paths, lora = begun.paths, with_ranks(recipe.lora, begun.ranks)
     for notice in fused_notices(recipe.lora.targets, paths):
         log.info(notice)
     weights = weights_of(model)
     adapted = {path: weights[path] for path in paths}
     tell_of_kinds(weights, adapted, recipe.lora)
-    budget = _budget(recipe, model, adapted, whole_of(model, whole))
+    budget = _budget(lora.config(), model, adapted, whole_of(model, whole))
     every_module = [name for name, _ in model.named_modules()]
     target_modules, target_parameters = names_of_targets(model, paths)
-    config = recipe.lora.config(
+    config = lora.config(
         target_modules,
         target_parameters=target_parameters,
         modules_to_save=names_to_save(whole, every_module),
@@ -125,9 +142,10 @@ def prepare(loaded: LoadedRecipe, folder: RunFolder, progress: OnTokenized | Non
         base=base.name,
         revision=base.revision,
     )
-    inject(model, config, paths, whole=whole, init=INITS[recipe.lora.init], seed=training.seed)
+    inject(model, config, paths, whole=whole, init=begun.init, given=begun.given, seed=training.seed)
+    start = replace(Adapter.of(model, config), extras={}) if lora.init == "loftq" else None
     if recipe.lora.start_from:
-        start_from(Path(recipe.lora.start_from), model, config, identity, base.folder, rows.labels)
+        start_from(recipe, model, config, identity, base.folder, rows.labels)
     if sharding:
         checkpoint_activations(model, auto.gradient_checkpointing(training, device))
         shard(model, sharding, device)
@@ -163,6 +181,7 @@ def prepare(loaded: LoadedRecipe, folder: RunFolder, progress: OnTokenized | Non
         dtype=dtype,
         accelerator=accelerator,
         frozen=frozen_digest(model),
+        start=start,
     )
 
 
@@ -197,6 +216,8 @@ def execute(
         replace_file(run.folder.recipe, resolved_yaml(run.loaded).encode())
         record = opened(run, found)
         write_record(run.folder, record)
+        if run.start:
+            save_adapter(run.start, run.folder.path / START, transposed=run.transposed)
     events = _events(run, parts, progress, found, settings, shortage)
     with ExitStack() as stack:
         sinks = _sinks(run, record, stack, resumed_at=progress.step if resume else None) if first else []
@@ -227,7 +248,7 @@ def finish(run: Run, finished: Finished) -> Adapter | None:
 def _write_result(run: Run, finished: Finished, adapter: Adapter) -> Adapter:
     if finished.adapter_step != finished.step:
         adapter = load_adapter(run.folder.checkpoints / folder_name(finished.adapter_step))
-    adapter.check_alive()
+    (without_start(adapter, run.start) if run.start else adapter).check_alive()
     draft = draft_of(run.folder.path / "result")
     save_adapter(adapter, draft, transposed=run.transposed)
     run.tokenizer.save_pretrained(draft)
@@ -418,12 +439,12 @@ def _training_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
     return resolve_dtype(recipe.model.dtype, device)
 
 
-def _budget(recipe: Recipe, model: nn.Module, adapted: Mapping[str, Weight], whole: list[Whole]) -> Budget:
+def _budget(lora: LoRAConfig, model: nn.Module, adapted: Mapping[str, Weight], whole: list[Whole]) -> Budget:
     """Counted on the real modules, before they are wrapped; a quantised base counts as the weights it stands for."""
     packed = {id(weight.tensor): weight.numel for weight in weights_of(model).values()}
     parameters = sum(packed.get(id(p), p.numel()) for p in model.parameters())
     new = sum(module.parameters for module in whole if module.new)
-    return budget_of(counted(adapted), parameters - new, recipe.lora.config(), whole)
+    return budget_of(counted(adapted), parameters - new, lora, whole)
 
 
 def _check_same(trained: Adapter, saved: Adapter, folder: Path) -> None:

@@ -1,14 +1,16 @@
 """Every method on its whole way through the command line: recipe, training, PEFT, evaluation, merge, resumption."""
 
 import logging
+import shutil
 
 import pytest
 import torch
 from layers import relative_difference
 from peft import PeftModel
-from running import adapter_bytes, events, hashes, resumed_after
+from running import adapter_bytes, events, hashes, lora_workers, resumed_after
 from transformers import AutoModelForCausalLM
 
+from lora_cli.lora.completion import load_for
 from lora_cli.lora.peft_format import load_adapter
 from lora_cli.models.base import Base
 from lora_cli.models.load import load_model
@@ -27,6 +29,10 @@ METHODS: dict[str, dict] = {
     "gaussian": {"lora.init": "gaussian"},
     "PiSSA": {"lora.init": "pissa"},
     "OLoRA": {"lora.init": "olora"},
+    "orthogonal": {"lora.init": "orthogonal"},
+    "EVA": {"lora.init": "eva"},
+    "LoftQ": {"lora.init": "loftq", "model.quantize": "nf4"},
+    "LoftQ in int8, DoRA": {"lora.init": "loftq", "model.quantize": "int8", "lora.use_dora": True},
     "patterns": {"lora.rank_pattern": {"q_proj": 2}, "lora.alpha_pattern": {"v_proj": 3}, "lora.layers": [1]},
 }
 
@@ -52,7 +58,8 @@ def test_a_method_goes_all_the_way(method, lora, recipe, tiny_llama, tmp_path):
     assert adapter_bytes(out) == straight
 
     measured = lora("eval", file, "--json").json
-    assert measured["base"]["loss"] == pytest.approx(first["loss"], rel=1e-5)
+    if METHODS[method].get("lora.init") != "loftq":
+        assert measured["base"]["loss"] == pytest.approx(first["loss"], rel=1e-5)
     assert measured["adapter"]["loss"] == pytest.approx(last["loss"], rel=1e-5)
 
     ours = load_model(Base("tiny", tiny_llama), dtype=torch.float32, quantize=quantize)
@@ -63,6 +70,9 @@ def test_a_method_goes_all_the_way(method, lora, recipe, tiny_llama, tmp_path):
     assert relative_difference(logits(peft_model), logits(ours)) <= 2e-6
 
     lora("merge", "--adapter", out)
+    if quantize != "none":
+        ours = load_model(Base("tiny", tiny_llama), dtype=torch.float32)
+        load_for(out).inject_into(ours)
     merged = AutoModelForCausalLM.from_pretrained(out / "merged", dtype=torch.float32)
     assert relative_difference(logits(merged), logits(ours)) <= 2e-6
     assert hashes(tiny_llama) == before
@@ -88,3 +98,60 @@ def test_loraplus_tells_the_rate_of_A_and_the_page_and_card_both(lora, recipe, t
     assert {event["lr"] for event in events(tmp_path / "out", "step")} == {0.02}
     assert "| learning rate | 0.02 (B: 0.32), constant |" in (tmp_path / "out/README.md").read_text()
     assert "training.loraplus_lr_ratio" in (tmp_path / "out/report.html").read_text()
+
+
+def test_loftq_starts_nearer_to_the_unquantised_base_and_is_merged_into_it_as_what_training_changed(
+    lora, recipe, tiny_llama, tmp_path
+):
+    """Li et al. 2023: Q + scale · B A ≈ W at the start; W itself needs no completion, so the start is taken off there."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    out, base = tmp_path / "out", Base("tiny", tiny_llama)
+    lora("train", recipe({"model.quantize": "nf4", "lora.init": "loftq", "lora.r": 16}))
+    whole, quantised = (load_model(base, dtype=torch.float32, quantize=quantize) for quantize in ("none", "nf4"))
+    expected, rounded = logits(whole), logits(quantised)
+
+    start, trained = load_adapter(out / "start"), load_adapter(out)
+    start.inject_into(quantised)
+    assert (logits(quantised) - expected).norm() < 0.7 * (rounded - expected).norm()
+    assert trained.completes == "nf4"
+
+    found = load_for(out)
+    assert found.completes is None
+    for path, factors in found.layers.items():
+        ours, theirs = (a.layers[path].B.double() @ a.layers[path].A.double() for a in (trained, start))
+        torch.testing.assert_close(factors.B.double() @ factors.A.double(), ours - theirs, atol=1e-6, rtol=1e-5)
+    assert load_for(out / "checkpoints/step-0000004").digest() == found.digest()
+
+    shutil.rmtree(out / "start")
+    refused = lora("merge", "--adapter", out, code=4)
+    assert "completes the base quantised to nf4 (LoftQ), and its start is not beside it" in refused.err
+
+
+def test_eva_gives_each_module_the_rank_that_its_inputs_ask_for_and_keeps_its_scale(lora, recipe, tmp_path):
+    out = tmp_path / "out"
+    lora("train", recipe({"lora.init": "eva", "lora.r": 4, "lora.alpha": 12, "lora.eva_rho": 1.5}))
+
+    adapter = load_adapter(out)
+    ranks = {path: len(factors.A) for path, factors in adapter.layers.items()}
+    assert sum(ranks.values()) == 4 * 14
+    assert len(set(ranks.values())) > 1
+    assert max(ranks.values()) <= 6
+    assert {adapter.config.at(path).scale for path in ranks} == {3.0}
+    assert events(out, "started")[0]["parameters"] == adapter.parameters
+
+
+def test_eva_is_the_same_in_two_processes_and_is_not_computed_again_by_a_run_that_goes_on(
+    lora, recipe, tmp_path, monkeypatch
+):
+    file = recipe({"lora.init": "eva", "training.save_steps": 2, "lora.freeze_A": True})
+    lora("train", file, "--out", tmp_path / "out")
+    lora_workers(2, "train", file, "--out", tmp_path / "two")
+
+    one, two = (load_adapter(tmp_path / name) for name in ("out", "two"))
+    assert one.config == two.config
+    assert all(torch.equal(one.layers[path].A, two.layers[path].A) for path in one.layers)
+
+    straight = adapter_bytes(tmp_path / "out")
+    monkeypatch.setattr("lora_cli.runs.starts.principal_directions", None)
+    resumed_after(2, tmp_path / "out", file, lora)
+    assert adapter_bytes(tmp_path / "out") == straight

@@ -10,9 +10,10 @@ from tiny import tiny_model
 
 from lora_cli.errors import ModelError, RecipeError
 from lora_cli.lora.config import LoRAConfig
-from lora_cli.lora.init import INITS
+from lora_cli.lora.init import GIVEN_INITS, INITS
 from lora_cli.lora.inject import derived_seed, frozen_digest, generator_for, inject, lora_layers
 from lora_cli.lora.weights import STORAGES, dense, storage_of, weights_of
+from lora_cli.recipe.schema import LoRA
 
 QV = ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.v_proj"]
 
@@ -56,7 +57,7 @@ def test_a_start_depends_on_seed_and_path_alone(init):
 
     assert torch.equal(start(QV, 1), start(QV[:1], 1))
     assert torch.equal(start(QV, 1), start(QV[::-1], 1))
-    if init in ("default", "gaussian"):
+    if init in ("default", "gaussian", "orthogonal"):
         assert not torch.equal(start(QV, 1), start(QV, 2))
 
 
@@ -104,6 +105,53 @@ def test_olora_starts_with_orthonormal_columns_of_the_weights_own_space():
 
     torch.testing.assert_close(layer.lora_B.T @ layer.lora_B, torch.eye(4), atol=1e-5, rtol=0)
     torch.testing.assert_close(layer.lora_B @ layer.lora_A[:, :4], W[:, :4], atol=1e-5, rtol=1e-4)
+
+
+def test_the_orthogonal_start_fills_A_and_B_and_their_product_is_zero():
+    layer = lora_layers(with_adapter("Linear", "plain", "orthogonal"))[PATH]
+
+    size = layer.lora_B.norm() * layer.lora_A.norm()
+    assert layer.start_A is None
+    assert (layer.lora_B @ layer.lora_A).norm() <= 1e-6 * size
+    assert torch.linalg.matrix_rank(layer.lora_A) == torch.linalg.matrix_rank(layer.lora_B) == 2
+    assert layer.lora_A.std().item() == pytest.approx(0.1 * sqrt(2 / 4), rel=0.2)  # PEFT's: r/2 of r directions, / 10
+
+
+def test_an_odd_rank_has_no_orthogonal_halves():
+    with pytest.raises(RecipeError, match=f"`lora.init` can't start {PATH}: a rank of 3 has no two halves"):
+        inject(frozen("Linear"), config_of("plain", r=3), [PATH], init=INITS["orthogonal"])
+
+
+@pytest.mark.parametrize("variant", ["plain", "rslora", "dora"])
+@pytest.mark.parametrize("storage", ["Linear4bit", "Linear8bitLt"])
+def test_loftq_starts_at_the_best_completion_of_the_quantised_weight(storage, variant):
+    """Li et al. 2023, algorithm 1: what is left of W − Q is what no rank-r update could hold (Eckart and Young)."""
+    W = frozen("Linear").proj.weight.detach()
+    model = frozen(storage)
+    layer = inject(model, config_of(variant), [PATH], init=GIVEN_INITS["loftq"], given=lambda path: W)[PATH]
+    Q = dense(layer.base).float()
+
+    left = W - Q - layer.scale * layer.lora_B @ layer.lora_A
+
+    S = torch.linalg.svdvals(W - Q)
+    assert left.norm().item() == pytest.approx(S[4:].norm().item(), rel=1e-4)
+    assert left.norm() < 0.97 * (W - Q).norm()
+    if variant == "dora":  # its norm is that of what it computes
+        torch.testing.assert_close(layer.magnitude, (W - left).norm(dim=1), atol=1e-5, rtol=1e-5)
+
+
+def test_eva_starts_A_in_the_directions_given_and_the_function_at_the_base():
+    model, directions = frozen("Linear"), torch.linalg.qr(torch.randn(IN, 4)).Q.T.contiguous()
+    base = model(inputs())
+
+    layer = inject(model, config_of("plain"), [PATH], init=GIVEN_INITS["eva"], given=lambda path: directions)[PATH]
+
+    assert torch.equal(layer.lora_A, directions)
+    assert torch.equal(model(inputs()), base)
+
+
+def test_every_start_of_the_recipe_is_in_one_of_the_tables():
+    assert [*INITS, *GIVEN_INITS] == list(LoRA.model_fields["init"].annotation.__args__)
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])

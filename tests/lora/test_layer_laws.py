@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lora_cli.errors import ModelError
 from lora_cli.lora.adapter import Adapter
+from lora_cli.lora.config import TAKEN_OFF
 from lora_cli.lora.init import INITS
 from lora_cli.lora.inject import disabled, inject, lora_layers
 from lora_cli.lora.peft_format import load_adapter, save_adapter
@@ -56,7 +57,7 @@ def test_training_starts_at_the_base_model(storage, variant, init):
 
     start = with_adapter(storage, variant, init)(x)
 
-    if VARIANTS[variant].get("use_dora") or init in ("pissa", "olora"):
+    if VARIANTS[variant].get("use_dora") or init in (*TAKEN_OFF, "orthogonal"):
         assert relative_difference(start, base) <= ROUNDING  # something is taken off again, or divided by itself
     else:
         assert torch.equal(start, base)
@@ -129,7 +130,7 @@ def test_saved_and_loaded_into_the_unchanged_base_it_answers_the_same(storage, v
 
     assert torch.equal(again(x), model(x))
     assert loaded.config.at(PATH).scale == pytest.approx(config.at(PATH).scale, rel=1e-12)
-    assert loaded.config.at(PATH).r == config.at(PATH).r * (2 if init in ("pissa", "olora") else 1)
+    assert loaded.config.at(PATH).r == config.at(PATH).r * (2 if init in TAKEN_OFF else 1)
 
 
 @every_storage

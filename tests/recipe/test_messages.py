@@ -238,6 +238,20 @@ def test_a_frozen_A_leaves_no_ratio_of_rates():
     ]
 
 
+def test_loftq_needs_a_quantised_base():
+    assert problems(with_line("lora", "init: loftq")) == [
+        "error: `lora.init: loftq` makes good what quantising takes from the base, and `model.quantize` is `none`\n"
+        "  --> r.yaml:4:3\n     | init: loftq\n  fix: set `model.quantize: nf4`, or leave `init` out"
+    ]
+
+
+def test_eva_leaves_no_rank_to_patterns():
+    assert problems(with_line("lora", "init: eva") + "  seed: 1\n", ("lora.rank_pattern={q_proj: 4}",)) == [
+        "error: `lora.init: eva` chooses the rank of each module, and `lora.rank_pattern` or `lora.alpha_pattern` sets "
+        "it too\n  --> r.yaml:4:3\n     | init: eva\n  fix: leave the patterns out, or use another `init`"
+    ]
+
+
 def test_sample_prompts_give_every_field_of_a_template():
     text = with_line("data", "template: '{a} {b} [[{c}]]'") + "  sample_prompts: [why]\n"
 
