@@ -29,6 +29,7 @@ class MeasuredBase:
     source: str
     shape: ModelShape
     whole: tuple[Whole, ...] = ()
+    biases: int | None = None  # of the whole model, where they are asked for
 
 
 def measure_base(
@@ -38,10 +39,12 @@ def measure_base(
     labels: Sequence[str] = (),
     modules_to_save: Sequence[str] = (),
     targets: str | Sequence[str] = ALL_LINEAR,
+    bias: str = "none",
 ) -> MeasuredBase:
     """The base that `name` means: a folder, a GGUF file, a name of the catalogue, or a hub id.
 
-    Under a head with an output for each of the `labels`, and with `modules_to_save` trained whole, where they are given.
+    Under a head with an output for each of the `labels`, and with `modules_to_save` trained whole, where they are given;
+    with `bias: all`, its biases are counted.
     Where `targets` name more than linear layers, the modules are built, without weights.
     A GGUF file is converted once (some seconds, with torch). Raises ModelError where there is no such base, where the hub
     is needed and doesn't answer, or for an unknown architecture.
@@ -49,12 +52,12 @@ def measure_base(
     entry = catalogue.find(name)
     folder = Path(name).expanduser()
     if entry and not (folder / "config.json").is_file():
-        return _measured(entry.name, CATALOGUE, entry.config, labels, modules_to_save, targets)
+        return _measured(entry.name, CATALOGUE, entry.config, labels, modules_to_save, targets, bias)
     if folder.suffix == ".gguf" and folder.is_file():
         folder = converted_folder(folder)
     elif not folder.is_dir():
         folder = _in_hub_cache(name, revision or "main") or _from_hub(name, revision)
-    return _measured(name, str(folder), read_config(folder), labels, modules_to_save, targets)
+    return _measured(name, str(folder), read_config(folder), labels, modules_to_save, targets, bias)
 
 
 def _measured(
@@ -64,18 +67,20 @@ def _measured(
     labels: Sequence[str],
     modules_to_save: Sequence[str],
     targets: str | Sequence[str],
+    bias: str,
 ) -> MeasuredBase:
     where = str(Path(source) / "config.json") if source != CATALOGUE else ""
-    if not labels and not modules_to_save:
+    if not labels and not modules_to_save and bias != "all":
         shape = shape_of(config, where=where)
         if _are_linear(targets, shape):
             return MeasuredBase(name, source, shape)
-    from lora_cli.budget.modules import build, shape_of_modules, whole_of, whole_paths
+    from lora_cli.budget.modules import biases_of, build, shape_of_modules, whole_of, whole_paths
     from lora_cli.models.heads import Head
 
     model = build(config, Head(tuple(labels)) if labels else None, where=where)
-    whole = whole_of(model, whole_paths(model, modules_to_save))
-    return MeasuredBase(name, source, shape_of_modules(model), tuple(whole))
+    paths = whole_paths(model, modules_to_save)
+    biases = biases_of(model, bias, whole=paths) if bias == "all" else None
+    return MeasuredBase(name, source, shape_of_modules(model), tuple(whole_of(model, paths)), biases)
 
 
 def _are_linear(targets: str | Sequence[str], shape: ModelShape) -> bool:

@@ -11,6 +11,7 @@ from torch import nn
 from lora_cli.budget.params import Whole
 from lora_cli.budget.shapes import Config, Linear, ModelShape
 from lora_cli.errors import ModelError, Problem, first_line
+from lora_cli.lora.biases import biased
 from lora_cli.lora.inject import linears
 from lora_cli.lora.targets import choose_whole, inside
 from lora_cli.lora.weights import LINEAR, Weight, storage_of, weights_of
@@ -55,6 +56,11 @@ def whole_of(model: nn.Module, paths: Sequence[str]) -> list[Whole]:
 def counted(weights: Mapping[str, Weight]) -> list[Linear]:
     """Weights that get an adapter, as a budget counts them."""
     return [Linear(path, *weight.shape[::-1], copies=weight.count or 1) for path, weight in weights.items()]
+
+
+def biases_of(model: nn.Module, bias: str, paths: Sequence[str] = (), whole: Sequence[str] = ()) -> int:
+    """How many numbers the biases are that are trained beside adapters at `paths`."""
+    return sum(module.bias.numel() for module in biased(model, bias, paths, whole).values())
 
 
 def shape_of_modules(model: "PreTrainedModel") -> ModelShape:

@@ -49,15 +49,20 @@ class Budget:
     rows: tuple[Row, ...]
     base: int
     whole: tuple[Whole, ...] = ()
+    biases: int = 0  # of the base, trained beside the adapter
 
     @property
     def trainable(self) -> int:
-        return sum(row.parameters for row in self.rows) + sum(module.parameters for module in self.whole)
+        return sum(row.parameters for row in self.rows) + self._beside
 
     @property
     def stored(self) -> int:
         """In the adapter's file, trained or not."""
-        return self.low_rank + sum(module.parameters for module in self.whole)
+        return self.low_rank + self._beside
+
+    @property
+    def _beside(self) -> int:
+        return sum(module.parameters for module in self.whole) + self.biases
 
     @property
     def low_rank(self) -> int:
@@ -83,16 +88,26 @@ class Budget:
 
 
 def budget_of(
-    adapted: Sequence[Linear], base_parameters: int, config: LoRAConfig, whole: Sequence[Whole] = ()
+    adapted: Sequence[Linear],
+    base_parameters: int,
+    config: LoRAConfig,
+    whole: Sequence[Whole] = (),
+    *,
+    biases: int | None = None,
 ) -> Budget:
-    """The budget of an adapter over the linears `adapted`, which `config` gives a rank each, and of what is trained whole."""
+    """The budget of an adapter over the linears `adapted`, which `config` gives a rank each, and of what is trained whole.
+
+    `biases` counts those that are trained; None counts those of `adapted`, where the config names them.
+    """
+    if biases is None:
+        biases = sum(linear.out_features for linear in adapted if linear.bias and config.bias != "none")
     kinds: Counter[Kind] = Counter()
     for linear in adapted:
         kinds[_kind(linear, config)] += linear.copies
     rows = tuple(
         Row(*kind, count=count, each=_each(kind, config), frozen=_frozen(kind, config)) for kind, count in kinds.items()
     )
-    return Budget(rows, base_parameters, tuple(whole))
+    return Budget(rows, base_parameters, tuple(whole), biases)
 
 
 Kind = tuple[str, int, int, int]  # name, in, out, r

@@ -19,11 +19,12 @@ def show_dry_run(loaded: LoadedRecipe) -> None:
         labels=labels.names if labels else (),
         modules_to_save=lora.modules_to_save,
         targets=lora.targets,
+        bias=lora.bias,
     )
     paths = [module.module for module in base.whole]
     adapted = adapted_linears(base.shape, lora.targets, exclude=lora.exclude, layers=lora.layers, whole=paths)
     config = lora.config()
-    budget = budget_of(adapted, base.shape.parameters, config, base.whole)
+    budget = budget_of(adapted, base.shape.parameters, config, base.whole, biases=base.biases)
     show("")
     show(
         f"trains {budget} parameters in {len(adapted) + len(paths)} modules, "

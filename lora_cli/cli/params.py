@@ -80,12 +80,13 @@ def _answer(path: Path | None, model: str | None, given: dict[str, object], limi
         labels=labels.names if labels else (),
         modules_to_save=lora.modules_to_save,
         targets=lora.targets,
+        bias=lora.bias,
     )
     paths = [module.module for module in base.whole]
     adapted = adapted_linears(base.shape, lora.targets, exclude=lora.exclude, layers=lora.layers, whole=paths)
     if limit:
         lora = lora.model_copy(update={"r": _solve(limit, lora, adapted, base, given)})
-    budget = budget_of(adapted, base.shape.parameters, lora.config(), base.whole)
+    budget = budget_of(adapted, base.shape.parameters, lora.config(), base.whole, biases=base.biases)
     notes = _notes(base, lora, budget, [linear.path for linear in adapted])
     notes += (labels.note,) if labels and labels.note else ()
     return Answer(base, lora, budget, compare(base.shape, budget), notes)
@@ -172,6 +173,8 @@ def _modules(budget: "Budget", trained: str) -> "Table":
         table.add_row(row.module, shape, *map(number, counts))
     for module in budget.whole:
         table.add_row(f"{module.module} (whole{', new' * module.new})", "", "", "1", "", number(module.parameters))
+    if budget.biases:
+        table.add_row("biases", "", "", "", "", number(budget.biases))
     modules = sum(row.count for row in budget.rows) + len(budget.whole)
     return _ruled(table, "sum", "", "", number(modules), "", number(budget.trainable))
 
@@ -220,6 +223,7 @@ def _document(answer: Answer) -> dict:
         },
         "modules": [{**asdict(row), "parameters": row.parameters} for row in budget.rows],
         "whole": [asdict(module) for module in budget.whole],
+        "biases": budget.biases,
         "trainable": budget.trainable,
         "total": budget.total,
         "share": budget.share,

@@ -166,7 +166,7 @@ def merge(
             base_differences=tuple(differences),
             untied=untied,
             proof=prove(draft) if prove else None,
-            whole=tuple(adapter.extras),
+            whole=(*adapter.whole, *([f"{len(adapter.biases)} biases"] if adapter.biases else [])),
             grid=choice,
         )
         _write_record(draft, report, found, merge_record(base_folder), _kept(written, changes))

@@ -26,6 +26,7 @@ from lora_cli.export.grid import NF4, ORIGINAL, Grid
 from lora_cli.export.names import others, places
 from lora_cli.lora.adapter import Adapter, Factors, paths_of
 from lora_cli.lora.base_files import stored_tensors
+from lora_cli.lora.biases import remove_biases, trained_biases
 from lora_cli.lora.config import of_expert
 from lora_cli.lora.inject import disabled, generator_for, linears, lora_layers, remove
 from lora_cli.lora.layer import LoRALayer, LoRAModule
@@ -368,6 +369,11 @@ def merge_in_memory(model: nn.Module, adapter: Adapter, stored: dict[str, torch.
 
     In place.
     """
+    for path, trained in trained_biases(model).items():
+        dtype = stored[f"{path}.bias"] if isinstance(stored, dict) else stored
+        rounded = trained.bias.to(dtype).to(trained.base.bias.dtype)
+        trained.base.bias = nn.Parameter(rounded, requires_grad=False)
+    remove_biases(model)
     for path, layer in lora_layers(model).items():
         weight = _merged(path, layer, adapter)
         _check_same(path, layer, weight)

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from lora_cli.errors import DivergedError, ModelError, Problem
 from lora_cli.lora.base_files import Fingerprint
+from lora_cli.lora.biases import NONE
 from lora_cli.lora.config import LoRAConfig, of_expert
 from lora_cli.lora.identity import TokenizerFingerprint
-from lora_cli.lora.inject import lora_layers, wrap
+from lora_cli.lora.inject import lora_layers, remove, trained_beside, wrap
 from lora_cli.lora.layer import LoRALayer, merged_weight
 from lora_cli.lora.shards import gathered
 from lora_cli.lora.weights import CONVOLUTION, EMBEDDING, EXPERTS, LINEAR, Weight, weights_of
-from lora_cli.lora.whole import State, whole_modules
+from lora_cli.lora.whole import State
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Adapter:
     """`layers` holds the factors by the path of the module they belong to, float32, on the CPU. Experts that share a
     parameter have a path each (see `of_expert`), and one rank. `forms` says what of it is no linear layer's.
 
-    `extras` holds the parameters of the modules that are trained whole, by the module's path; `labels` are those of a
+    `extras` holds the parameters of the modules that are trained whole, and biases, by the module's path; `labels` are those of a
     classifier, in the order of its head's outputs.
     `base` and `tokenizer` say what it was trained on, where that is known; `origin` what it was made from, where it was
     not trained but made from other adapters or models. `completes` names the storage (`nf4`) of the base whose rounding
@@ -94,7 +95,7 @@ class Adapter:
         found = lora_layers(model)
         layers = {name: factors for path, layer in found.items() for name, factors in _of_layer(path, layer)}
         started = any(layer.start_A is not None for layer in found.values())
-        extras = {path: module.state() for path, module in whole_modules(model).items()}
+        extras = {path: module.state() for path, module in trained_beside(model).items()}
         return cls(
             config.with_rank_times(2) if started else config,
             layers,
@@ -115,6 +116,16 @@ class Adapter:
         kinds = {path: form.kind for path, form in self.forms.items()}
         return {EXPERTS if of_expert(path)[1] is not None else kinds.get(path, LINEAR) for path in self.layers}
 
+    @property
+    def biases(self) -> list[str]:
+        """The paths of the modules of which the bias alone is trained."""
+        return [path for path, state in self.extras.items() if self.config.bias != NONE and set(state) == {"bias"}]
+
+    @property
+    def whole(self) -> list[str]:
+        """The paths of the modules that are trained whole."""
+        return [path for path in self.extras if path not in set(self.biases)]
+
     def updates(self) -> dict[str, float]:
         """‖scale · B A‖ of each layer: how far it moved. DoRA's magnitudes are not in it."""
         return {path: abs(self.config.at(path).scale) * factors.norm() for path, factors in self.layers.items()}
@@ -123,7 +134,13 @@ class Adapter:
         """Put this adapter's layers into a model that has none. Raises ModelError for modules that don't fit."""
         self.check_fits(model)
         paths = list(dict.fromkeys(of_expert(path)[0] for path in self.layers))
-        wrap(model, replace(self.config, lora_dropout=0.0), paths, whole=list(self.extras))
+        wrap(model, replace(self.config, lora_dropout=0.0), paths, whole=self.whole)
+        if without := set(trained_beside(model)) ^ set(self.extras):
+            remove(model)
+            what = (
+                f"the adapter is not whole: it says `bias: {self.config.bias}`, and that of {min(without)} is not in it"
+            )
+            raise ModelError(Problem(what, fix="copy or train the adapter again"))
         self.copy_into(model)
 
     def copy_into(self, model: nn.Module) -> None:
@@ -135,7 +152,7 @@ class Adapter:
                 layer.lora_B.copy_(factors.B)
                 if factors.magnitude is not None:
                     layer.magnitude.copy_(factors.magnitude)
-        for path, module in whole_modules(model).items():
+        for path, module in trained_beside(model).items():
             module.load(self.extras[path])
 
     def factors_at(self, path: str) -> Factors:
@@ -182,7 +199,7 @@ class Adapter:
         if self.config.use_dora or any(factors.act() for factors in self.layers.values()):
             return
         zero = "lora_B · lora_A" if any(f.B.any() for f in self.layers.values()) else "lora_B"
-        alone = f" beside the modules trained whole ({', '.join(self.extras)})" if self.extras else ""
+        alone = f" beside the modules trained whole ({', '.join(self.whole)})" if self.whole else ""
         raise DivergedError(
             Problem(
                 f"the adapter does nothing{alone}: every {zero} is zero",
@@ -242,12 +259,14 @@ class Adapter:
 
     def misfits_of_extras(self, modules: Mapping[str, nn.Module]) -> Iterator[Problem]:
         """What tells the parameters trained whole from those of a base's modules, by path."""
+        biases = set(self.biases)
         for path, state in self.extras.items():
             fix = "give the base it was trained on with `--base`"
             if path not in modules:
                 yield Problem(f"the adapter trains {path} whole, which this base does not have", fix=fix)
                 continue
-            there = {name: list(p.shape) for name, p in modules[path].named_parameters()}
+            own = modules[path].named_parameters()
+            there = {name: list(p.shape) for name, p in own if path not in biases or name == "bias"}
             found = {name: list(tensor.shape) for name, tensor in state.items()}
             if there != found:
                 yield Problem(f"{path} has {_listed(there)} in this base, and {_listed(found)} in the adapter", fix=fix)
@@ -265,7 +284,7 @@ class Adapter:
         named = [
             name
             for path, weight in weights.items()
-            if f".{path}".endswith(endings) and not f"{path}.".startswith(tuple(f"{whole}." for whole in self.extras))
+            if f".{path}".endswith(endings) and not f"{path}.".startswith(tuple(f"{whole}." for whole in self.whole))
             for name in paths_of(path, weight)
         ]
         missing = [path for path in named if path not in self.layers]

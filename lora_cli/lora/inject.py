@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_cli.errors import ModelError, Problem, RecipeError
+from lora_cli.lora.biases import TrainedBias, biased, remove_biases, train_biases, trained_biases
 from lora_cli.lora.config import LoRAConfig
 from lora_cli.lora.convolution import LoRAConvolution
 from lora_cli.lora.embedding import LoRAEmbedding
@@ -23,7 +24,7 @@ from lora_cli.lora.shards import local
 from lora_cli.lora.stand_in import stand_ins
 from lora_cli.lora.targets import shortest_suffixes
 from lora_cli.lora.weights import CONVOLUTION, EMBEDDING, EXPERTS, LINEAR, Weight, keep_unpacked, weights_of
-from lora_cli.lora.whole import whole_modules, wrap_whole
+from lora_cli.lora.whole import TrainedWhole, whole_modules, wrap_whole
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +85,7 @@ def wrap(
     """Freeze the model and wrap the modules at `paths` in layers that do nothing yet: A and B are zero."""
     model.requires_grad_(False)
     keep_unpacked(model)
+    bases = biased(model, config.bias, paths, whole)
     wrap_whole(model, whole)
     found = weights_of(model)
     if problems := [_no_weight(path, model) for path in paths if path not in found]:
@@ -95,6 +97,7 @@ def wrap(
             raise ModelError(
                 Problem(f"{path} can't get an adapter: {error}", fix="take it out of `lora.targets`")
             ) from error
+    train_biases(model, bases)
     return lora_layers(model)
 
 
@@ -110,6 +113,7 @@ def _put_in(model: nn.Module, path: str, weight: Weight, config: LoRAConfig) -> 
 
 def remove(model: nn.Module) -> None:
     """Take out again all that an adapter put in: the model is the base it was, its weights the very same tensors."""
+    remove_biases(model)
     for path, module in stand_ins(model).items():
         model.set_submodule(path, module.base)
 
@@ -119,10 +123,15 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
     return {path: module for path, module in model.named_modules() if isinstance(module, LoRALayer)}
 
 
+def trained_beside(model: nn.Module) -> dict[str, TrainedWhole | TrainedBias]:
+    """What is trained beside the LoRA layers, by the path of the module it belongs to."""
+    return {**whole_modules(model), **trained_biases(model)}
+
+
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """The base model, bit for bit: every adapter is switched off inside the block, and modules trained whole are as they were."""
-    layers = [*lora_layers(model).values(), *whole_modules(model).values()]
+    """The base model, bit for bit: every adapter is switched off inside the block, and what is trained beside it is as it was."""
+    layers = [*lora_layers(model).values(), *trained_beside(model).values()]
     for layer in layers:
         layer.enabled = False
     try:

@@ -21,6 +21,7 @@ from lora_cli.errors import ModelError, Problem, SafetyError
 from lora_cli.limits import read_json
 from lora_cli.lora.adapter import Adapter, Factors, Form
 from lora_cli.lora.base_files import PICKLES, Fingerprint, read_header, read_metadata
+from lora_cli.lora.biases import ALL, LORA_ONLY, NONE
 from lora_cli.lora.config import SEQ_CLS, LoRAConfig, of_expert
 from lora_cli.lora.identity import TokenizerFingerprint
 from lora_cli.lora.weights import CONVOLUTION, EMBEDDING
@@ -46,7 +47,7 @@ LARGEST_WEIGHTS_BYTES = 4_000_000_000
 # Settings of PEFT that change what an adapter computes and that are not read here: anything but these values is refused.
 NOT_READ: Mapping[str, tuple] = {
     "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),  # the others change the base's weights
-    "bias": ("none",),
+    "bias": (NONE, ALL, LORA_ONLY),
     "lora_bias": (False,),
     "ensure_weight_tying": (False, None),  # one adapter on both sides of a tie
     "trainable_token_indices": (None, [], {}),
@@ -176,6 +177,9 @@ def load_adapter(folder: Path) -> Adapter:
     extras = _extras(tensors, config.modules_to_save)
     _check_extras(extras, config, where=file)
     whole = {f"{PREFIX}{path}.{name}" for path, state in extras.items() for name in state}
+    biases = _biases({name: tensor for name, tensor in tensors.items() if name not in whole}, config.bias)
+    extras |= {path: {"bias": tensor.to(torch.float32)} for path, (_, tensor) in biases.items()}
+    whole |= {name for name, _ in biases.values()}
     layers, forms = _layers({name: t for name, t in tensors.items() if name not in whole}, config, where=file)
     if any(found.get(key) for key in CHOOSES_OTHERWISE) or isinstance(found.get("target_modules"), str):
         config = replace(config, target_modules=tuple(path for path in layers if of_expert(path)[1] is None))
@@ -207,6 +211,8 @@ def to_tensors(adapter: Adapter) -> dict[str, Tensor]:
         for depth, name in enumerate(reversed(parameters)):
             tensors |= _of_experts(f"{PREFIX}{path}{'.base_layer' * depth}", adapter.factors_at(f"{path}.{name}"))
     for path, state in adapter.extras.items():
+        # what PEFT wraps stands one deeper there
+        path = f"{path}.base_layer" if path in adapter.layers else path
         tensors |= {f"{PREFIX}{path}.{name}": tensor.contiguous() for name, tensor in state.items()}
     return tensors
 
@@ -269,7 +275,7 @@ def to_peft(config: LoRAConfig, transposed: bool = False) -> dict:
         "alpha_pattern": {pattern: _whole(alpha) for pattern, alpha in config.alpha_pattern.items()},
         "use_rslora": config.use_rslora,
         "use_dora": config.use_dora,
-        "bias": "none",
+        "bias": config.bias,
         "fan_in_fan_out": transposed,
         "modules_to_save": list(config.modules_to_save) or None,
         "layers_to_transform": None,
@@ -313,6 +319,7 @@ def from_peft(found: Mapping, where: Path) -> LoRAConfig:
         lora_dropout=float(found.get("lora_dropout") or 0.0),
         use_rslora=bool(found.get("use_rslora")),
         use_dora=bool(found.get("use_dora")),
+        bias=found.get("bias") or NONE,
         rank_pattern=found.get("rank_pattern") or {},
         alpha_pattern=found.get("alpha_pattern") or {},
         base_model_name_or_path=found.get("base_model_name_or_path"),
@@ -410,6 +417,15 @@ def _extras(tensors: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, di
         if path is not None and full.startswith(PREFIX) and ".lora_" not in full:
             found.setdefault(path, {})[full.removeprefix(f"{PREFIX}{path}.")] = tensor.to(torch.float32)
     return {path: found[path] for path in sorted(found)}
+
+
+def _biases(tensors: Mapping[str, Tensor], bias: str) -> dict[str, tuple[str, Tensor]]:
+    """The biases among the tensors: module -> (name in the file, tensor)."""
+    if bias == NONE:
+        return {}
+    names = [name for name in tensors if name.startswith(PREFIX) and name.endswith(".bias")]
+    paths = [name.removeprefix(PREFIX).removesuffix(".bias").removesuffix(".base_layer") for name in names]
+    return {path: (name, tensors[name]) for path, name in sorted(zip(paths, names, strict=True))}
 
 
 def _check_extras(extras: Mapping[str, Mapping[str, Tensor]], config: LoRAConfig, where: Path) -> None:

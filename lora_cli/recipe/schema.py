@@ -101,6 +101,11 @@ class LoRA(Block):
         description="With `init: eva`, the rank of a module is up to this many times `r`, and the sum of all ranks stays; "
         "1 gives every module `r`.",
     )
+    bias: Literal["none", "all", "lora_only"] = Field(
+        "none",
+        description="Biases trained beside A and B: those of the adapted modules (`lora_only`), or all of the model; they "
+        "are in the adapter's file, and take no rank.",
+    )
     freeze_A: bool = Field(
         False,
         description="Train B alone and leave A where it starts (LoRA-FA): half the trained parameters, and the inputs of "
@@ -161,6 +166,7 @@ class LoRA(Block):
             lora_dropout=self.dropout,
             use_rslora=self.use_rslora,
             use_dora=self.use_dora,
+            bias=self.bias,
             freeze_A=self.freeze_A,
             rank_pattern=self.rank_pattern,
             alpha_pattern=self.alpha_pattern,

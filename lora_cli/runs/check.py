@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 from torch import nn
 
-from lora_cli.budget.modules import counted, whole_of, whole_paths
+from lora_cli.budget.modules import biases_of, counted, whole_of, whole_paths
 from lora_cli.budget.params import budget_of
 from lora_cli.data.chat_template import tokenized
 from lora_cli.data.duplicates import found_in
@@ -424,7 +424,8 @@ def adapter_bytes(recipe: Recipe, model: nn.Module, paths: Sequence[str], whole:
     """Of the adapter's file, from the shapes of the modules."""
     found = weights_of(model)
     adapted = counted({path: found[path] for path in paths})
-    return budget_of(adapted, 0, recipe.lora.config(), whole_of(model, whole)).adapter_bytes
+    biases = biases_of(model, recipe.lora.bias, paths, whole)
+    return budget_of(adapted, 0, recipe.lora.config(), whole_of(model, whole), biases=biases).adapter_bytes
 
 
 def _made(name: str, make: Callable, faults: list[Finding]):

@@ -215,6 +215,8 @@ def _modules(record: Mapping[str, Any]) -> list[tuple[str, ...]]:
     for module in mappings(listed(record, "parameters", "whole")):
         count, shape = number(module.get("parameters")) or 0, "new, whole" if module.get("new") else "whole"
         rows.append((str(module.get("module")), shape, "", "1", f"{count:,.0f}", f"{count / trainable:.1%}"))
+    if biases := number(get(record, "parameters", "biases")):
+        rows.append(("biases", "", "", "", f"{biases:,.0f}", f"{biases / trainable:.1%}"))
     return rows
 
 

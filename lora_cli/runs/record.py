@@ -120,6 +120,7 @@ def opened(run: Run, resumed: Continuation | None) -> Record:
             "adapter_bytes": run.budget.adapter_bytes,
             "modules": [asdict(row) | {"parameters": row.parameters} for row in run.budget.rows],
             "whole": [asdict(module) for module in run.budget.whole],
+            "biases": run.budget.biases,
         },
         "settings": {key: _plain(value_of(run.recipe, key)) for key in keys()},
         "origins": dict(run.loaded.origins),

@@ -46,6 +46,7 @@ FIXED = (
     "lora.rank_pattern",
     "lora.use_dora",
     "lora.freeze_A",
+    "lora.bias",
     "lora.init",
     "lora.modules_to_save",
     "training.objective",

@@ -10,8 +10,7 @@ from lora_cli.lora.adapter import Adapter
 from lora_cli.lora.base_files import Fingerprint
 from lora_cli.lora.completion import load_for
 from lora_cli.lora.config import LoRAConfig, of_expert
-from lora_cli.lora.inject import lora_layers
-from lora_cli.lora.whole import whole_modules
+from lora_cli.lora.inject import lora_layers, trained_beside
 from lora_cli.recipe.schema import Recipe
 
 
@@ -51,12 +50,18 @@ def _misfits(
         fix = "set `training.objective` to what it was trained with"
         yield Problem(f"{what} with the labels {theirs_}, where the rows have {ours_}", where=where, fix=fix)
         return
-    if set(whole_modules(model)) != set(adapter.extras):
-        trained = ", ".join(adapter.extras) or "nothing"
+    if adapter.config.bias != config.bias:
+        yield Problem(
+            f"{what} with `bias: {adapter.config.bias}`", where=where, fix=f"set `lora.bias: {adapter.config.bias}`"
+        )
+        return
+    beside = trained_beside(model)
+    if set(beside) != set(adapter.extras):
+        trained = ", ".join(adapter.whole) or "nothing"
         fix = "set `lora.modules_to_save` to what it was trained with"
         yield Problem(f"{what} that trains {trained} whole", where=where, fix=fix)
         return
-    yield from adapter.misfits_of_extras({path: module.base for path, module in whole_modules(model).items()})
+    yield from adapter.misfits_of_extras({path: module.base for path, module in beside.items()})
     if adapter.config.use_dora != config.use_dora:
         had = str(adapter.config.use_dora).lower()
         yield Problem(f"{what} with `use_dora: {had}`", where=where, fix=f"set `lora.use_dora: {had}`")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from lora_cli.budget.modules import counted, whole_of, whole_paths
+from lora_cli.budget.modules import biases_of, counted, whole_of, whole_paths
 from lora_cli.budget.params import Budget, Whole, budget_of
 from lora_cli.data.examples import Examples, sources_in
 from lora_cli.data.order import places, steps
@@ -131,7 +131,8 @@ def prepare(
     weights = weights_of(model)
     adapted = {path: weights[path] for path in paths}
     tell_of_kinds(weights, adapted, recipe.lora)
-    budget = _budget(lora.config(), model, adapted, whole_of(model, whole))
+    biases = biases_of(model, lora.bias, paths, whole)
+    budget = _budget(lora.config(), model, adapted, whole_of(model, whole), biases)
     every_module = [name for name, _ in model.named_modules()]
     target_modules, target_parameters = names_of_targets(model, paths)
     config = lora.config(
@@ -439,12 +440,14 @@ def _training_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
     return resolve_dtype(recipe.model.dtype, device)
 
 
-def _budget(lora: LoRAConfig, model: nn.Module, adapted: Mapping[str, Weight], whole: list[Whole]) -> Budget:
+def _budget(
+    lora: LoRAConfig, model: nn.Module, adapted: Mapping[str, Weight], whole: list[Whole], biases: int
+) -> Budget:
     """Counted on the real modules, before they are wrapped; a quantised base counts as the weights it stands for."""
     packed = {id(weight.tensor): weight.numel for weight in weights_of(model).values()}
     parameters = sum(packed.get(id(p), p.numel()) for p in model.parameters())
     new = sum(module.parameters for module in whole if module.new)
-    return budget_of(counted(adapted), parameters - new, lora, whole)
+    return budget_of(counted(adapted), parameters - new, lora, whole, biases=biases)
 
 
 def _check_same(trained: Adapter, saved: Adapter, folder: Path) -> None:

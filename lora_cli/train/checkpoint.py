@@ -28,10 +28,9 @@ from lora_cli.durable import draft_of, remove, sync_path, write_synced
 from lora_cli.errors import DivergedError, ModelError, Problem, StorageError
 from lora_cli.lora.adapter import Adapter
 from lora_cli.lora.config import of_expert
-from lora_cli.lora.inject import lora_layers
+from lora_cli.lora.inject import lora_layers, trained_beside
 from lora_cli.lora.peft_format import CONFIG, WEIGHTS, adapter_files, load_adapter
 from lora_cli.lora.shards import put
-from lora_cli.lora.whole import whole_modules
 from lora_cli.train.optim import OptimizerState, Parameters, restore_optimizer
 from lora_cli.train.progress import Progress
 from lora_cli.train.rewind import Snapshot
@@ -245,9 +244,9 @@ def _restore_layers(adapter: Adapter, model: nn.Module) -> None:
 
 
 def _restore_extras(adapter: Adapter, model: nn.Module) -> None:
-    modules = whole_modules(model)
+    modules = trained_beside(model)
     if set(modules) != set(adapter.extras):
-        raise ModelError(_of_another_recipe("modules trained whole are not those of this recipe"))
+        raise ModelError(_of_another_recipe("biases or modules trained whole are not those of this recipe"))
     for path, module in modules.items():
         module.load(adapter.extras[path])
 

@@ -8,6 +8,7 @@ import torch
 from layers import relative_difference
 from peft import PeftModel
 from running import adapter_bytes, events, hashes, lora_workers, resumed_after
+from tiny import tiny_base
 from transformers import AutoModelForCausalLM
 
 from lora_cli.lora.completion import load_for
@@ -33,6 +34,9 @@ METHODS: dict[str, dict] = {
     "EVA": {"lora.init": "eva"},
     "LoftQ": {"lora.init": "loftq", "model.quantize": "nf4"},
     "LoftQ in int8, DoRA": {"lora.init": "loftq", "model.quantize": "int8", "lora.use_dora": True},
+    "bias: lora_only": {"lora.bias": "lora_only", "model.base": "qwen2", "lora.use_dora": True},
+    "bias: all": {"lora.bias": "all", "model.base": "gpt2"},
+    "bias: all, nf4": {"lora.bias": "all", "model.base": "opt", "model.quantize": "nf4"},
     "patterns": {"lora.rank_pattern": {"q_proj": 2}, "lora.alpha_pattern": {"v_proj": 3}, "lora.layers": [1]},
 }
 
@@ -45,9 +49,12 @@ def logits(model) -> torch.Tensor:
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_goes_all_the_way(method, lora, recipe, tiny_llama, tmp_path):
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    before, out = hashes(tiny_llama), tmp_path / "out"
-    file = recipe(RUN | METHODS[method])
-    quantize = METHODS[method].get("model.quantize", "none")
+    settings, out = dict(METHODS[method]), tmp_path / "out"
+    name = settings.pop("model.base", None)
+    base = tiny_base(tmp_path / "base", name) if name else tiny_llama
+    before = hashes(base)
+    file = recipe(RUN | settings, base=base)
+    quantize = settings.get("model.quantize", "none")
 
     lora("train", file)
     first, last = events(out, "evaluated")
@@ -58,24 +65,22 @@ def test_a_method_goes_all_the_way(method, lora, recipe, tiny_llama, tmp_path):
     assert adapter_bytes(out) == straight
 
     measured = lora("eval", file, "--json").json
-    if METHODS[method].get("lora.init") != "loftq":
+    if settings.get("lora.init") != "loftq":
         assert measured["base"]["loss"] == pytest.approx(first["loss"], rel=1e-5)
     assert measured["adapter"]["loss"] == pytest.approx(last["loss"], rel=1e-5)
 
-    ours = load_model(Base("tiny", tiny_llama), dtype=torch.float32, quantize=quantize)
+    ours = load_model(Base("tiny", base), dtype=torch.float32, quantize=quantize)
     load_adapter(out).inject_into(ours)
-    peft_model = PeftModel.from_pretrained(
-        load_model(Base("tiny", tiny_llama), dtype=torch.float32, quantize=quantize), out
-    )
+    peft_model = PeftModel.from_pretrained(load_model(Base("tiny", base), dtype=torch.float32, quantize=quantize), out)
     assert relative_difference(logits(peft_model), logits(ours)) <= 2e-6
 
     lora("merge", "--adapter", out)
     if quantize != "none":
-        ours = load_model(Base("tiny", tiny_llama), dtype=torch.float32)
+        ours = load_model(Base("tiny", base), dtype=torch.float32)
         load_for(out).inject_into(ours)
     merged = AutoModelForCausalLM.from_pretrained(out / "merged", dtype=torch.float32)
     assert relative_difference(logits(merged), logits(ours)) <= 2e-6
-    assert hashes(tiny_llama) == before
+    assert hashes(base) == before
 
 
 def test_with_a_frozen_A_only_B_has_moved(lora, recipe, tmp_path):

@@ -117,7 +117,7 @@ def test_other_methods_are_refused(saved, kind):
 
 FOREIGN = {
     "init_lora_weights": "pissa_niter_4",
-    "bias": "all",
+    "bias": "some",
     "lora_bias": True,
     "modules_to_save": ["lm_head"],
     "trainable_token_indices": [1],
@@ -141,7 +141,7 @@ def test_a_setting_that_would_be_ignored_is_refused(saved, key):
 
 
 def test_all_settings_that_would_be_ignored_are_told_at_once(saved):
-    change_config(saved, bias="all", lora_bias=True)
+    change_config(saved, bias="some", lora_bias=True)
 
     with pytest.raises(ModelError) as error:
         load_adapter(saved)
