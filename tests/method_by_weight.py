@@ -46,6 +46,7 @@ METHODS: dict[str, dict] = {
     "PiSSA": {"init": "pissa"},
     "OLoRA": {"init": "olora"},
     "gaussian": {"init": "gaussian"},
+    "orthogonal": {"init": "orthogonal"},
     "ranks and alphas by pattern": {"rank_pattern": {".*": 3}, "alpha_pattern": {".*": 5}},
 }
 

@@ -40,11 +40,12 @@ def measure_base(
     modules_to_save: Sequence[str] = (),
     targets: str | Sequence[str] = ALL_LINEAR,
     bias: str = "none",
+    tokens: Sequence[str] = (),
 ) -> MeasuredBase:
     """The base that `name` means: a folder, a GGUF file, a name of the catalogue, or a hub id.
 
     Under a head with an output for each of the `labels`, and with `modules_to_save` trained whole, where they are given;
-    with `bias: all`, its biases are counted.
+    with `bias: all`, its biases are counted, and with `tokens` their rows.
     Where `targets` name more than linear layers, the modules are built, without weights.
     A GGUF file is converted once (some seconds, with torch). Raises ModelError where there is no such base, where the hub
     is needed and doesn't answer, or for an unknown architecture.
@@ -52,12 +53,12 @@ def measure_base(
     entry = catalogue.find(name)
     folder = Path(name).expanduser()
     if entry and not (folder / "config.json").is_file():
-        return _measured(entry.name, CATALOGUE, entry.config, labels, modules_to_save, targets, bias)
+        return _measured(entry.name, CATALOGUE, entry.config, labels, modules_to_save, targets, bias, tokens)
     if folder.suffix == ".gguf" and folder.is_file():
         folder = converted_folder(folder)
     elif not folder.is_dir():
         folder = _in_hub_cache(name, revision or "main") or _from_hub(name, revision)
-    return _measured(name, str(folder), read_config(folder), labels, modules_to_save, targets, bias)
+    return _measured(name, str(folder), read_config(folder), labels, modules_to_save, targets, bias, tokens)
 
 
 def _measured(
@@ -68,19 +69,21 @@ def _measured(
     modules_to_save: Sequence[str],
     targets: str | Sequence[str],
     bias: str,
+    tokens: Sequence[str],
 ) -> MeasuredBase:
     where = str(Path(source) / "config.json") if source != CATALOGUE else ""
-    if not labels and not modules_to_save and bias != "all":
+    if not labels and not modules_to_save and not tokens and bias != "all":
         shape = shape_of(config, where=where)
         if _are_linear(targets, shape):
             return MeasuredBase(name, source, shape)
-    from lora_cli.budget.modules import biases_of, build, shape_of_modules, whole_of, whole_paths
+    from lora_cli.budget.modules import biases_of, build, of_tokens, shape_of_modules, whole_of, whole_paths
     from lora_cli.models.heads import Head
 
     model = build(config, Head(tuple(labels)) if labels else None, where=where)
     paths = whole_paths(model, modules_to_save)
     biases = biases_of(model, bias, whole=paths) if bias == "all" else None
-    return MeasuredBase(name, source, shape_of_modules(model), tuple(whole_of(model, paths)), biases)
+    whole = [*whole_of(model, paths), *of_tokens(model, tokens)]
+    return MeasuredBase(name, source, shape_of_modules(model), tuple(whole), biases)
 
 
 def _are_linear(targets: str | Sequence[str], shape: ModelShape) -> bool:

@@ -14,6 +14,7 @@ from lora_cli.errors import ModelError, Problem, first_line
 from lora_cli.lora.biases import biased
 from lora_cli.lora.inject import linears
 from lora_cli.lora.targets import choose_whole, inside
+from lora_cli.lora.tokens import tables
 from lora_cli.lora.weights import LINEAR, Weight, storage_of, weights_of
 from lora_cli.lora.whole import check_whole
 from lora_cli.models.heads import Head, new_modules
@@ -61,6 +62,15 @@ def counted(weights: Mapping[str, Weight]) -> list[Linear]:
 def biases_of(model: nn.Module, bias: str, paths: Sequence[str] = (), whole: Sequence[str] = ()) -> int:
     """How many numbers the biases are that are trained beside adapters at `paths`."""
     return sum(module.bias.numel() for module in biased(model, bias, paths, whole).values())
+
+
+def of_tokens(model: "PreTrainedModel", tokens: Sequence[str]) -> list[Whole]:
+    """The rows of these tokens in each table that has some, counted."""
+    found = tables(model).items() if tokens else ()
+    return [
+        Whole(f"{len(set(tokens))} rows of {path}", len(set(tokens)) * table.weight.shape[1], False)
+        for path, table in found
+    ]
 
 
 def shape_of_modules(model: "PreTrainedModel") -> ModelShape:

@@ -20,6 +20,7 @@ def show_dry_run(loaded: LoadedRecipe) -> None:
         modules_to_save=lora.modules_to_save,
         targets=lora.targets,
         bias=lora.bias,
+        tokens=lora.trainable_tokens,
     )
     paths = [module.module for module in base.whole]
     adapted = adapted_linears(base.shape, lora.targets, exclude=lora.exclude, layers=lora.layers, whole=paths)

@@ -30,12 +30,13 @@ from lora_cli.export.files import (
     write_config,
 )
 from lora_cli.export.grid import Choice, Grid
-from lora_cli.export.names import Files, Others, Place, matrix_at, others, places
+from lora_cli.export.names import Files, Others, Place, matrix_at, others, places, tables_in_files
 from lora_cli.export.proof import Proof
 from lora_cli.export.staging import need_space, refuse_output, staged
 from lora_cli.limits import read_json
 from lora_cli.lora.adapter import Adapter, Factors
 from lora_cli.lora.base_files import Fingerprint, fingerprint, stored_tensors
+from lora_cli.lora.tokens import ROWS
 from lora_cli.models.heads import architecture, head_of
 from lora_cli.models.load import load_tokenizer, skeleton
 
@@ -142,7 +143,10 @@ def merge(
     tally = Tally()
     low_rank = [place for parts in where.values() for place in parts]
     edit = partial(_merged, adapter=adapter, tally=tally, grid=grid)
-    changes = _changes(beside, adapter, tally) | _on_grid(base_folder, adapter, grid) | changes_of(low_rank, edit)
+    tables = tables_in_files(base_folder, adapter)
+    of_tables = _of_tables(tables, beside, adapter, tally)
+    on_grid = _on_grid(base_folder, adapter, grid)
+    changes = _changes(beside, adapter, tally) | on_grid | of_tables | changes_of(low_rank, edit)
     added = {name: tensor for name, tensor in _extras(adapter).items() if name in beside.new}
     written = [*low_rank, *beside.placed.values()]
     untied = tuple(place.updated for place in written if place.kept)
@@ -156,7 +160,7 @@ def merge(
             out=out,
             base=base_name or adapter.config.base_model_name_or_path or base_folder.name,
             adapter_sha256=adapter.digest(),
-            tensors=len({place.updated for place in written}) + len(added),
+            tensors=len({place.updated for place in written}) + len(added) + len(tables),
             bytes=size,
             dtypes=_dtypes(draft, low_rank),
             lost=tally.written.lost,
@@ -166,7 +170,7 @@ def merge(
             base_differences=tuple(differences),
             untied=untied,
             proof=prove(draft) if prove else None,
-            whole=(*adapter.whole, *([f"{len(adapter.biases)} biases"] if adapter.biases else [])),
+            whole=_beside(adapter),
             grid=choice,
         )
         _write_record(draft, report, found, merge_record(base_folder), _kept(written, changes))
@@ -245,7 +249,29 @@ def _kept(written: Iterable[Place], changes: Changes) -> dict[str, dict[str, str
 
 def _extras(adapter: Adapter) -> dict[str, Tensor]:
     """What is trained whole, by the names of the parameters."""
-    return {f"{path}.{name}": tensor for path, state in adapter.extras.items() for name, tensor in state.items()}
+    extras = adapter.extras.items()
+    return {f"{path}.{name}": tensor for path, state in extras for name, tensor in state.items() if name != ROWS}
+
+
+def _beside(adapter: Adapter) -> tuple[str, ...]:
+    """What was trained beside the LoRA layers, in words."""
+    biases = [f"{len(adapter.biases)} biases"] if adapter.biases else []
+    rows = [f"{len(adapter.config.trainable_tokens)} rows of {path}" for path in adapter.tables]
+    return (*adapter.whole, *biases, *rows)
+
+
+def _of_tables(tables: Mapping[str, str], beside: Others, adapter: Adapter, tally: Tally) -> Changes:
+    """What becomes of the tables of which some tokens' rows are trained; a tied head stays tied, and has them too."""
+    tokens = list(adapter.config.trainable_tokens)
+    edits = {path: partial(_with_rows, tokens=tokens, rows=adapter.extras[path][ROWS], tally=tally) for path in tables}
+    return {file: (Change(beside.renamed.get(file, file), edits[path]),) for path, file in tables.items()}
+
+
+def _with_rows(W: Tensor, dtype: torch.dtype, *, tokens: list[int], rows: Tensor, tally: Tally) -> Tensor:
+    tally.add(W[tokens], rows, dtype)
+    new = W.to(dtype, copy=True)
+    new[tokens] = rows.to(dtype)
+    return new
 
 
 def _replaced(W: Tensor, dtype: torch.dtype, *, parts: Sequence[Place], exact: Tensor, tally: Tally) -> Tensor:

@@ -21,6 +21,7 @@ from lora_cli.export.files import read_weight
 from lora_cli.lora.adapter import Adapter
 from lora_cli.lora.base_files import StoredTensor, stored_tensors
 from lora_cli.lora.config import of_expert
+from lora_cli.lora.tokens import ROWS
 from lora_cli.lora.weights import Weight, weights_of
 from lora_cli.models.heads import head_of, may_be_new
 from lora_cli.models.load import skeleton
@@ -122,6 +123,20 @@ def matrix_at(tensor: Tensor, part: Place) -> Tensor:
     return (tensor if part.number is None else tensor[part.number]).flatten(1)
 
 
+def tables_in_files(folder: Path, adapter: Adapter) -> dict[str, str]:
+    """The name in the files of each table of which tokens' rows are trained. Raises ModelError for one that they lack."""
+    if not adapter.tables:
+        return {}
+    model = skeleton(folder, head_of(adapter))
+    names = names_in_files(model, stored_tensors(folder))
+    found = {
+        path: place_of(model, f"{path}.weight", names, transposed=False, own_names=False) for path in adapter.tables
+    }
+    if lost := [path for path, place in found.items() if place is None]:
+        raise ModelError(_missing(lost[0], folder))
+    return {path: place.tensor for path, place in found.items()}
+
+
 @dataclass(frozen=True)
 class Others:
     """What a merge does beside the LoRA layers.
@@ -143,7 +158,7 @@ def others(folder: Path, adapter: Adapter) -> Others:
         return Others({})
     model, stored = skeleton(folder, head), stored_tensors(folder)
     names = names_in_files(model, stored)
-    wanted = [f"{path}.{name}" for path, state in adapter.extras.items() for name in state]
+    wanted = [f"{path}.{name}" for path, state in adapter.extras.items() for name in state if name != ROWS]
     found = {name: place_of(model, name, names, transposed=False, own_names=head is not None) for name in wanted}
     shapes = {f"{path}.{name}": tuple(t.shape) for path, state in adapter.extras.items() for name, t in state.items()}
     fits = {name: place for name, place in found.items() if place and stored[place.tensor].shape == shapes[name]}

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from lora_cli.errors import DataError, ModelError, OutOfMemoryError, Problem
 from lora_cli.export.files import DTYPES, dtype_name
 from lora_cli.export.grid import NF4, ORIGINAL, Grid
-from lora_cli.export.names import others, places
+from lora_cli.export.names import others, places, tables_in_files
 from lora_cli.lora.adapter import Adapter, Factors, paths_of
 from lora_cli.lora.base_files import stored_tensors
 from lora_cli.lora.biases import remove_biases, trained_biases
@@ -31,6 +31,7 @@ from lora_cli.lora.config import of_expert
 from lora_cli.lora.inject import disabled, generator_for, linears, lora_layers, remove
 from lora_cli.lora.layer import LoRALayer, LoRAModule
 from lora_cli.lora.switch import switched
+from lora_cli.lora.tokens import ROWS, remove_tokens, trained_tokens
 from lora_cli.lora.weights import CONVOLUTION, EMBEDDING, Weight, storage_of
 from lora_cli.lora.whole import whole_modules
 from lora_cli.models.base import Base
@@ -360,6 +361,8 @@ def _stored_dtypes(merged: Path, base: Path, adapter: Adapter) -> dict[str, torc
     own = {of_expert(path)[0]: DTYPES[stored[parts[0].tensor].dtype] for path, parts in where}
     beside = others(base, adapter)
     whole = {name: place.updated for name, place in beside.placed.items()} | {name: name for name in beside.new}
+    tables = tables_in_files(base, adapter)
+    whole |= {f"{path}.{ROWS}": beside.renamed.get(file, file) for path, file in tables.items()}
     return own | {name: DTYPES[written[file].dtype] for name, file in whole.items()}
 
 
@@ -374,6 +377,10 @@ def merge_in_memory(model: nn.Module, adapter: Adapter, stored: dict[str, torch.
         rounded = trained.bias.to(dtype).to(trained.base.bias.dtype)
         trained.base.bias = nn.Parameter(rounded, requires_grad=False)
     remove_biases(model)
+    for path, trained in trained_tokens(model).items():
+        dtype = stored[f"{path}.{ROWS}"] if isinstance(stored, dict) else stored
+        trained.base.weight[trained.tokens] = trained.rows.to(dtype).to(trained.base.weight.dtype)
+    remove_tokens(model)
     for path, layer in lora_layers(model).items():
         weight = _merged(path, layer, adapter)
         _check_same(path, layer, weight)

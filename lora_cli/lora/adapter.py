@@ -17,6 +17,7 @@ from lora_cli.lora.identity import TokenizerFingerprint
 from lora_cli.lora.inject import lora_layers, remove, trained_beside, wrap
 from lora_cli.lora.layer import LoRALayer, merged_weight
 from lora_cli.lora.shards import gathered
+from lora_cli.lora.tokens import ROWS, TrainedTokens
 from lora_cli.lora.weights import CONVOLUTION, EMBEDDING, EXPERTS, LINEAR, Weight, weights_of
 from lora_cli.lora.whole import State
 
@@ -122,9 +123,14 @@ class Adapter:
         return [path for path, state in self.extras.items() if self.config.bias != NONE and set(state) == {"bias"}]
 
     @property
+    def tables(self) -> list[str]:
+        """The paths of the embeddings and heads of which some tokens' rows are trained."""
+        return [path for path, state in self.extras.items() if set(state) == {ROWS}]
+
+    @property
     def whole(self) -> list[str]:
         """The paths of the modules that are trained whole."""
-        return [path for path in self.extras if path not in set(self.biases)]
+        return [path for path in self.extras if path not in {*self.biases, *self.tables}]
 
     def updates(self) -> dict[str, float]:
         """‖scale · B A‖ of each layer: how far it moved. DoRA's magnitudes are not in it."""
@@ -135,11 +141,14 @@ class Adapter:
         self.check_fits(model)
         paths = list(dict.fromkeys(of_expert(path)[0] for path in self.layers))
         wrap(model, replace(self.config, lora_dropout=0.0), paths, whole=self.whole)
-        if without := set(trained_beside(model)) ^ set(self.extras):
+        beside = trained_beside(model)
+        # PEFT may train the rows of the embedding alone where the head has its own: those of the head stay the base's
+        needed = {path for path, module in beside.items() if not isinstance(module, TrainedTokens) or not self.tables}
+        if without := (needed - set(self.extras)) | (set(self.extras) - set(beside)):
             remove(model)
-            what = (
-                f"the adapter is not whole: it says `bias: {self.config.bias}`, and that of {min(without)} is not in it"
-            )
+            of_bias = f"`bias: {self.config.bias}`, and that"
+            says = of_bias if self.config.bias != NONE else "`trainable_token_indices`, and those"
+            what = f"the adapter is not whole: it says {says} of {min(without)} is not in it"
             raise ModelError(Problem(what, fix="copy or train the adapter again"))
         self.copy_into(model)
 
@@ -153,7 +162,8 @@ class Adapter:
                 if factors.magnitude is not None:
                     layer.magnitude.copy_(factors.magnitude)
         for path, module in trained_beside(model).items():
-            module.load(self.extras[path])
+            if path in self.extras:
+                module.load(self.extras[path])
 
     def factors_at(self, path: str) -> Factors:
         """The factors of a layer; of a parameter with experts, those of all of them, one behind the other."""
@@ -267,6 +277,8 @@ class Adapter:
                 continue
             own = modules[path].named_parameters()
             there = {name: list(p.shape) for name, p in own if path not in biases or name == "bias"}
+            if path in self.tables:
+                there = {ROWS: [len(self.config.trainable_tokens), modules[path].weight.shape[1]]}
             found = {name: list(tensor.shape) for name, tensor in state.items()}
             if there != found:
                 yield Problem(f"{path} has {_listed(there)} in this base, and {_listed(found)} in the adapter", fix=fix)

@@ -42,6 +42,7 @@ class LoRAConfig:
     use_rslora: bool = False
     use_dora: bool = False
     bias: str = "none"  # which biases are trained beside: none, all, lora_only
+    trainable_tokens: tuple[int, ...] = ()  # tokens whose rows of the embeddings are trained beside
     freeze_A: bool = False  # A stays at its start and B is trained (LoRA-FA, Zhang et al. 2023, section 3.1)
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)

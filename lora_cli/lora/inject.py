@@ -23,6 +23,7 @@ from lora_cli.lora.layer import LoRALayer, LoRALinear, LoRAModule
 from lora_cli.lora.shards import local
 from lora_cli.lora.stand_in import stand_ins
 from lora_cli.lora.targets import shortest_suffixes
+from lora_cli.lora.tokens import TrainedTokens, check_tokens, remove_tokens, train_tokens, trained_tokens
 from lora_cli.lora.weights import CONVOLUTION, EMBEDDING, EXPERTS, LINEAR, Weight, keep_unpacked, weights_of
 from lora_cli.lora.whole import TrainedWhole, whole_modules, wrap_whole
 
@@ -86,6 +87,8 @@ def wrap(
     model.requires_grad_(False)
     keep_unpacked(model)
     bases = biased(model, config.bias, paths, whole)
+    if config.trainable_tokens:
+        check_tokens(model, config.trainable_tokens, [*paths, *whole])
     wrap_whole(model, whole)
     found = weights_of(model)
     if problems := [_no_weight(path, model) for path in paths if path not in found]:
@@ -98,6 +101,8 @@ def wrap(
                 Problem(f"{path} can't get an adapter: {error}", fix="take it out of `lora.targets`")
             ) from error
     train_biases(model, bases)
+    if config.trainable_tokens:
+        train_tokens(model, config.trainable_tokens)
     return lora_layers(model)
 
 
@@ -114,6 +119,7 @@ def _put_in(model: nn.Module, path: str, weight: Weight, config: LoRAConfig) -> 
 def remove(model: nn.Module) -> None:
     """Take out again all that an adapter put in: the model is the base it was, its weights the very same tensors."""
     remove_biases(model)
+    remove_tokens(model)
     for path, module in stand_ins(model).items():
         model.set_submodule(path, module.base)
 
@@ -123,9 +129,9 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
     return {path: module for path, module in model.named_modules() if isinstance(module, LoRALayer)}
 
 
-def trained_beside(model: nn.Module) -> dict[str, TrainedWhole | TrainedBias]:
+def trained_beside(model: nn.Module) -> dict[str, TrainedWhole | TrainedBias | TrainedTokens]:
     """What is trained beside the LoRA layers, by the path of the module it belongs to."""
-    return {**whole_modules(model), **trained_biases(model)}
+    return {**whole_modules(model), **trained_biases(model), **trained_tokens(model)}
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from lora_cli.lora.base_files import PICKLES, Fingerprint, read_header, read_met
 from lora_cli.lora.biases import ALL, LORA_ONLY, NONE
 from lora_cli.lora.config import SEQ_CLS, LoRAConfig, of_expert
 from lora_cli.lora.identity import TokenizerFingerprint
+from lora_cli.lora.tokens import ROWS
 from lora_cli.lora.weights import CONVOLUTION, EMBEDDING
 
 log = logging.getLogger(__name__)
@@ -50,7 +51,6 @@ NOT_READ: Mapping[str, tuple] = {
     "bias": (NONE, ALL, LORA_ONLY),
     "lora_bias": (False,),
     "ensure_weight_tying": (False, None),  # one adapter on both sides of a tie
-    "trainable_token_indices": (None, [], {}),
     "layer_replication": (None, []),
     "alora_invocation_tokens": (None, []),
     "use_qalora": (False,),
@@ -103,6 +103,15 @@ def _are_patterns(value: object, fits: Callable[[object], bool]) -> bool:
     )
 
 
+def _is_one_list(value: object) -> bool:
+    lists = list(value.values()) if isinstance(value, dict) else [value or []]
+    return all(found == lists[0] and isinstance(found, list) and all(map(_is_token, found)) for found in lists)
+
+
+def _is_token(value: object) -> bool:
+    return type(value) is int and 0 <= value <= LARGEST_NUMBER
+
+
 # What a value of adapter_config.json must be, where it would otherwise fail far from here, or compute nonsense.
 MUST_BE: Mapping[str, tuple[Callable[[object], bool], str]] = {
     "base_model_name_or_path": (_is_text, "a text or null"),
@@ -119,6 +128,7 @@ MUST_BE: Mapping[str, tuple[Callable[[object], bool], str]] = {
     "alpha_pattern": (lambda value: _are_patterns(value, _is_alpha), "patterns with numbers above 0"),
     "target_parameters": (_are_texts, "a list of texts or null"),
     "modules_to_save": (_are_texts, "a list of texts or null"),
+    "trainable_token_indices": (_is_one_list, "one list of tokens, the same for every module"),
     "use_rslora": (_is_flag, "true or false"),
     "use_dora": (_is_flag, "true or false"),
     "fan_in_fan_out": (_is_flag, "true or false"),
@@ -144,7 +154,7 @@ def adapter_files(adapter: Adapter, *, transposed: bool = False) -> dict[str, by
     }
     metadata = {"format": "pt"} | {key: text for key, text in known.items() if text}
     return {
-        CONFIG: (json.dumps(to_peft(adapter.config, transposed), indent=2) + "\n").encode(),
+        CONFIG: (json.dumps(to_peft(adapter.config, transposed, adapter.tables), indent=2) + "\n").encode(),
         WEIGHTS: _in_order(save(to_tensors(adapter), metadata)),
     }
 
@@ -180,6 +190,10 @@ def load_adapter(folder: Path) -> Adapter:
     biases = _biases({name: tensor for name, tensor in tensors.items() if name not in whole}, config.bias)
     extras |= {path: {"bias": tensor.to(torch.float32)} for path, (_, tensor) in biases.items()}
     whole |= {name for name, _ in biases.values()}
+    rows = sorted(name for name in tensors if config.trainable_tokens and name.endswith(f".{ROWS}"))
+    for name in rows:
+        extras[name.removeprefix(PREFIX).removesuffix(f".{ROWS}")] = {ROWS: tensors[name].to(torch.float32)}
+    whole |= set(rows)
     layers, forms = _layers({name: t for name, t in tensors.items() if name not in whole}, config, where=file)
     if any(found.get(key) for key in CHOOSES_OTHERWISE) or isinstance(found.get("target_modules"), str):
         config = replace(config, target_modules=tuple(path for path in layers if of_expert(path)[1] is None))
@@ -254,13 +268,16 @@ def in_order_of_use(parameters: Iterable[str]) -> list[str]:
     return sorted(parameters, key=lambda name: ("down" in name, name))
 
 
-def to_peft(config: LoRAConfig, transposed: bool = False) -> dict:
+def to_peft(config: LoRAConfig, transposed: bool = False, tables: Sequence[str] = ()) -> dict:
     """adapter_config.json. `init_lora_weights` is always true: a loaded adapter must not start again.
 
-    `target_parameters` stands in it where there are some: older PEFTs don't know the word.
+    `tables` are the paths of which some tokens' rows are trained. They, and `target_parameters`, stand in it where there
+    are some: older PEFTs don't know the words.
     """
     parameters = {"target_parameters": sorted(config.target_parameters)} if config.target_parameters else {}
-    return parameters | {
+    rows = {"trainable_token_indices": {path: list(config.trainable_tokens) for path in tables}} if tables else {}
+    newer = parameters | rows
+    return newer | {
         "peft_type": "LORA",
         "task_type": config.task_type,
         "base_model_name_or_path": config.base_model_name_or_path,
@@ -320,6 +337,7 @@ def from_peft(found: Mapping, where: Path) -> LoRAConfig:
         use_rslora=bool(found.get("use_rslora")),
         use_dora=bool(found.get("use_dora")),
         bias=found.get("bias") or NONE,
+        trainable_tokens=_tokens(found.get("trainable_token_indices")),
         rank_pattern=found.get("rank_pattern") or {},
         alpha_pattern=found.get("alpha_pattern") or {},
         base_model_name_or_path=found.get("base_model_name_or_path"),
@@ -328,6 +346,10 @@ def from_peft(found: Mapping, where: Path) -> LoRAConfig:
         target_parameters=tuple(found.get("target_parameters") or ()),
         modules_to_save=tuple(found.get("modules_to_save") or ()),
     )
+
+
+def _tokens(indices: Mapping[str, list[int]] | list[int] | None) -> tuple[int, ...]:
+    return tuple(next(iter(indices.values()), ()) if isinstance(indices, Mapping) else indices or ())
 
 
 def _shown(key: str, found: Mapping) -> str:

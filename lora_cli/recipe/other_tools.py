@@ -16,6 +16,7 @@ OTHER_TOOLS = {
         "layers_to_transform": "lora.layers",
         "init_lora_weights": "≈ lora.init",
         "loftq_config": "≈ lora.init",
+        "trainable_token_indices": "≈ lora.trainable_tokens",
         "eva_config": "lora.init: eva",
     },
     "axolotl": {
@@ -34,6 +35,7 @@ OTHER_TOOLS = {
         "peft_use_dora": "lora.use_dora",
         "peft_init_lora_weights": "≈ lora.init",
         "peft_layers_to_transform": "lora.layers",
+        "peft_trainable_token_indices": "≈ lora.trainable_tokens",
         "datasets": "≈ data.train",
         "test_datasets": "≈ data.eval",
         "val_set_size": "≈ data.eval",

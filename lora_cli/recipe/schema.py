@@ -137,6 +137,12 @@ class LoRA(Block):
         description="Another alpha for modules whose path ends in the pattern; the first match wins.",
         examples=[{"q_proj": 32}],
     )
+    trainable_tokens: list[NonEmpty] = Field(
+        [],
+        description="Tokens of the tokenizer whose rows of the embedding, and of the head, are trained beside A and B, without "
+        "the rest of the table: special and reserved ones that the base has hardly seen.",
+        examples=[["<|reserved_special_token_0|>"]],
+    )
     modules_to_save: list[NonEmpty] = Field(
         [],
         description="Modules trained whole beside the LoRA layers, by name or pattern: embeddings, the head, norms; "
@@ -154,6 +160,7 @@ class LoRA(Block):
         *,
         target_parameters: tuple[str, ...] = (),
         modules_to_save: tuple[str, ...] = (),
+        trainable_tokens: tuple[int, ...] = (),
         task_type: str = CAUSAL_LM,
         base: str | None = None,
         revision: str | None = None,
@@ -175,6 +182,7 @@ class LoRA(Block):
             task_type=task_type,
             target_parameters=target_parameters,
             modules_to_save=modules_to_save,
+            trainable_tokens=trainable_tokens,
         )
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 from torch import nn
 
-from lora_cli.budget.modules import biases_of, counted, whole_of, whole_paths
+from lora_cli.budget.modules import biases_of, counted, of_tokens, whole_of, whole_paths
 from lora_cli.budget.params import budget_of
 from lora_cli.data.chat_template import tokenized
 from lora_cli.data.duplicates import found_in
@@ -31,8 +31,10 @@ from lora_cli.data.types import CHOSEN, REJECTED, BadRow, Conversation, Example,
 from lora_cli.errors import DataError, ModelError, Problem, RecipeError, SafetyError, StorageError, UserError
 from lora_cli.export.runtimes import RUNTIMES, TRAITS, Subject, Unserved, findings
 from lora_cli.lora.targets import check_patterns, choose_targets
+from lora_cli.lora.tokens import check_tokens
 from lora_cli.lora.weights import weights_of
 from lora_cli.models.base import Base, resolve_base
+from lora_cli.models.identity import ids_of_tokens
 from lora_cli.models.load import by_name_alone, check_vocabulary, load_tokenizer, skeleton
 from lora_cli.recipe.reader import LoadedRecipe
 from lora_cli.recipe.schema import Recipe, labels_of, objective_of, share_of, sources_of
@@ -251,7 +253,11 @@ def prompts_are_those_of_inference(facts: Facts) -> str:
 def targets_are_found(facts: Facts) -> str:
     whole = whole_paths(facts.model, facts.recipe.lora.modules_to_save)
     paths = target_paths(facts.recipe, facts.model, whole)
-    return f"{len(paths):,} modules get an adapter" + (f", trained whole: {', '.join(whole)}" if whole else "")
+    tokens = ids_of_tokens(facts.tokenizer, facts.recipe.lora.trainable_tokens)
+    if tokens:
+        check_tokens(facts.model, tokens, [*paths, *whole])
+    beside = [*whole, *(found.module for found in of_tokens(facts.model, facts.recipe.lora.trainable_tokens))]
+    return f"{len(paths):,} modules get an adapter" + (f", trained whole: {', '.join(beside)}" if beside else "")
 
 
 def tokens_have_embeddings(facts: Facts) -> str:
@@ -408,7 +414,7 @@ CHECKS = (
     Check("bos", ("rows",), begins_once),
     Check("template", ("rows",), prompts_are_those_of_inference, only="sft"),
     Check("held-out", ("rows",), held_out_rows_are_unseen),
-    Check("targets", ("model",), targets_are_found),
+    Check("targets", ("model", "tokenizer"), targets_are_found),
     Check("vocabulary", ("model", "rows"), tokens_have_embeddings),
     Check("runtimes", ("model",), runtimes_take_it),
     Check("disk", ("model",), the_disk_has_room),
@@ -425,7 +431,8 @@ def adapter_bytes(recipe: Recipe, model: nn.Module, paths: Sequence[str], whole:
     found = weights_of(model)
     adapted = counted({path: found[path] for path in paths})
     biases = biases_of(model, recipe.lora.bias, paths, whole)
-    return budget_of(adapted, 0, recipe.lora.config(), whole_of(model, whole), biases=biases).adapter_bytes
+    beside = [*whole_of(model, whole), *of_tokens(model, recipe.lora.trainable_tokens)]
+    return budget_of(adapted, 0, recipe.lora.config(), beside, biases=biases).adapter_bytes
 
 
 def _made(name: str, make: Callable, faults: list[Finding]):

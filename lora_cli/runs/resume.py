@@ -47,6 +47,7 @@ FIXED = (
     "lora.use_dora",
     "lora.freeze_A",
     "lora.bias",
+    "lora.trainable_tokens",
     "lora.init",
     "lora.modules_to_save",
     "training.objective",

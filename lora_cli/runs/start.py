@@ -55,6 +55,10 @@ def _misfits(
             f"{what} with `bias: {adapter.config.bias}`", where=where, fix=f"set `lora.bias: {adapter.config.bias}`"
         )
         return
+    if adapter.config.trainable_tokens != config.trainable_tokens:
+        fix = "set `lora.trainable_tokens` to what it was trained with"
+        yield Problem(f"{what} that trains the rows of other tokens", where=where, fix=fix)
+        return
     beside = trained_beside(model)
     if set(beside) != set(adapter.extras):
         trained = ", ".join(adapter.whole) or "nothing"

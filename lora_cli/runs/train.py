@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from lora_cli.budget.modules import biases_of, counted, whole_of, whole_paths
+from lora_cli.budget.modules import biases_of, counted, of_tokens, whole_of, whole_paths
 from lora_cli.budget.params import Budget, Whole, budget_of
 from lora_cli.data.examples import Examples, sources_in
 from lora_cli.data.order import places, steps
@@ -35,7 +35,7 @@ from lora_cli.lora.targets import fused_notices, names_to_save
 from lora_cli.lora.weights import Weight, fan_in_fan_out, weights_of
 from lora_cli.models.attention import packs
 from lora_cli.models.base import resolve_base
-from lora_cli.models.identity import tokenizer_identity
+from lora_cli.models.identity import ids_of_tokens, tokenizer_identity
 from lora_cli.models.load import default_device, load_model, load_tokenizer, resolve_dtype
 from lora_cli.models.recompute import checkpoint_activations, setting_of
 from lora_cli.objectives.table import MEASURES, OBJECTIVES
@@ -132,13 +132,16 @@ def prepare(
     adapted = {path: weights[path] for path in paths}
     tell_of_kinds(weights, adapted, recipe.lora)
     biases = biases_of(model, lora.bias, paths, whole)
-    budget = _budget(lora.config(), model, adapted, whole_of(model, whole), biases)
+    rows_of_tokens = of_tokens(model, lora.trainable_tokens)
+    budget = _budget(lora.config(), model, adapted, [*whole_of(model, whole), *rows_of_tokens], biases)
     every_module = [name for name, _ in model.named_modules()]
     target_modules, target_parameters = names_of_targets(model, paths)
+    tokens = ids_of_tokens(tokenizer, lora.trainable_tokens)
     config = lora.config(
         target_modules,
         target_parameters=target_parameters,
         modules_to_save=names_to_save(whole, every_module),
+        trainable_tokens=tokens,
         task_type=SEQ_CLS if rows.labels else CAUSAL_LM,
         base=base.name,
         revision=base.revision,

@@ -37,6 +37,9 @@ METHODS: dict[str, dict] = {
     "bias: lora_only": {"lora.bias": "lora_only", "model.base": "qwen2", "lora.use_dora": True},
     "bias: all": {"lora.bias": "all", "model.base": "gpt2"},
     "bias: all, nf4": {"lora.bias": "all", "model.base": "opt", "model.quantize": "nf4"},
+    "tokens": {"lora.trainable_tokens": ["<|im_end|>", "<s>"]},
+    "tokens, tied": {"lora.trainable_tokens": ["<|im_end|>", "<s>"], "model.base": "llama-tied"},
+    "tokens, tied, scaled": {"lora.trainable_tokens": ["<|im_end|>"], "model.base": "gemma", "model.quantize": "nf4"},
     "patterns": {"lora.rank_pattern": {"q_proj": 2}, "lora.alpha_pattern": {"v_proj": 3}, "lora.layers": [1]},
 }
 

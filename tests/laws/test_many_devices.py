@@ -63,9 +63,10 @@ def test_under_fsdp_every_parameter_is_in_shards(recipe, tmp_path):
         {"model.quantize": "nf4", "lora.use_dora": True},
         {"lora.init": "pissa", "lora.use_dora": True, "lora.use_rslora": True},
         {"lora.modules_to_save": ["lm_head", "embed_tokens"], "lora.init": "olora"},
+        {"lora.trainable_tokens": ["<s>", "<|im_end|>"], "lora.freeze_A": True, "lora.init": "eva"},
         {"training.gradient_checkpointing": True, "data.packing": False, "training.sample_prompts": ["what"]},
     ],
-    ids=["bf16", "nf4", "nf4 dora", "pissa dora", "trained whole", "recomputed"],
+    ids=["bf16", "nf4", "nf4 dora", "pissa dora", "trained whole", "tokens, frozen A, EVA", "recomputed"],
 )
 def test_in_shards_or_whole_the_run_is_the_same(settings, recipe, tmp_path):
     settings = WHOLE | {"training.micro_batch_size": 2} | settings
