@@ -90,7 +90,11 @@ def read_order(
 
     out = out or folder / format
     refuse_output(out)
-    adapter = load_alive(folder) if format == "peft" else load_for(folder)
+    adapter = load_alive(folder)
+    # on the grid that it completes it is what was trained; on the original, what training has changed: nothing to compare
+    elsewhere = adapter.completes is not None and base_grid != adapter.completes
+    if elsewhere and format != "peft":
+        adapter = load_for(folder)
     name = base or (adapter.config.base_model_name_or_path if FORMATS[format].needs_base else None)
     transposed = is_transposed(folder)
     if name is None:
@@ -111,7 +115,7 @@ def read_order(
         token_rows=_rows(folder, found.folder, data, adapter.labels),
         device=proof_device(found.folder),
         allow_base_mismatch=allow_base_mismatch,
-        trained=_trained_in_nf4(folder, base_grid) if FORMATS[format].whole else None,
+        trained=_trained_in_nf4(folder, base_grid) if FORMATS[format].whole and not elsewhere else None,
         base_grid=base_grid,
     )
 

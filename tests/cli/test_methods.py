@@ -130,8 +130,14 @@ def test_loftq_starts_nearer_to_the_unquantised_base_and_is_merged_into_it_as_wh
         torch.testing.assert_close(factors.B.double() @ factors.A.double(), ours - theirs, atol=1e-6, rtol=1e-5)
     assert load_for(out / "checkpoints/step-0000004").digest() == found.digest()
 
+    lora("merge", "--adapter", out, "--base-grid", "nf4")  # as it was trained, on what nf4 stands for
+    as_trained = load_model(base, dtype=torch.float32, quantize="nf4")
+    trained.inject_into(as_trained)
+    merged = AutoModelForCausalLM.from_pretrained(out / "merged", dtype=torch.float32)
+    assert relative_difference(logits(merged), logits(as_trained)) <= 1e-5
+
     shutil.rmtree(out / "start")
-    refused = lora("merge", "--adapter", out, code=4)
+    refused = lora("merge", "--adapter", out, "--out", tmp_path / "again", code=4)
     assert "completes the base quantised to nf4 (LoftQ), and its start is not beside it" in refused.err
 
 
