@@ -34,6 +34,8 @@ def frozen_head(model: "PreTrainedModel") -> Head | None:
     layer = model.get_output_embeddings()
     if keys is None or type(layer) is not nn.Linear or layer.weight.requires_grad or _in_shards(layer.weight):
         return None
+    if layer._forward_hooks:  # its bias, or the rows of some tokens, are trained
+        return None
     times, by, cap = (_value(model.config, key) for key in keys)
     return Head(layer.weight, layer.bias, (times or 1.0) / (by or 1.0), cap)
 

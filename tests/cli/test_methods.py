@@ -77,7 +77,7 @@ def test_a_method_goes_all_the_way(method, lora, recipe, tiny_llama, tmp_path):
     peft_model = PeftModel.from_pretrained(load_model(Base("tiny", base), dtype=torch.float32, quantize=quantize), out)
     assert relative_difference(logits(peft_model), logits(ours)) <= 2e-6
 
-    lora("merge", "--adapter", out)
+    lora("merge", "--adapter", out, "--base-grid", "original")
     if quantize != "none":
         ours = load_model(Base("tiny", base), dtype=torch.float32)
         load_for(out).inject_into(ours)

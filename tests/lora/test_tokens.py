@@ -13,6 +13,7 @@ from lora_cli.lora.inject import disabled, frozen_digest, inject, remove
 from lora_cli.lora.peft_format import load_adapter, save_adapter
 from lora_cli.lora.tokens import trained_tokens
 from lora_cli.models.identity import ids_of_tokens
+from lora_cli.models.logits import frozen_head
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
@@ -91,6 +92,12 @@ def test_we_read_pefts(name, tmp_path):
     load_adapter(tmp_path).inject_into(ours)
 
     assert relative_difference(logits(ours), expected) <= 2e-6
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_loss_that_makes_its_logits_itself_leaves_them_to_the_head_whose_rows_are_trained(name):
+    assert frozen_head(tiny_model(name).requires_grad_(False)) is not None
+    assert frozen_head(injected(name)) is None
 
 
 def test_a_table_that_the_adapter_changes_anyway_and_a_token_without_a_row_are_refused():
