@@ -433,16 +433,16 @@ MUTANTS = (
     ),
     Mutant(
         "micro-batches are divided one by one",
-        "train/loop.py",
-        "accelerator.backward(loss.total / items)",
-        'accelerator.backward(loss.total / batch["weights"].sum().clamp(min=1))',
+        "train/task.py",
+        "self.accelerator.backward(loss.total / items)",
+        'self.accelerator.backward(loss.total / batch["weights"].sum().clamp(min=1))',
         "train/test_loop.py::test_gradients_do_not_depend_on_the_micro_batches",
     ),
     Mutant(
         "the loss is divided by the number of micro-batches too",
         "train/loop.py",
-        "accelerator.backward(loss.total / items)",
-        "accelerator.backward(loss.total / items / max(1, len(rows) // progress.layout.micro_batch_size))",
+        "parts.learn(to_device(batch, accelerator.device), items, dropout)",
+        "parts.learn(to_device(batch, accelerator.device), items * (len(rows) // progress.layout.micro_batch_size), dropout)",
         "train/test_loop.py::test_gradients_do_not_depend_on_the_micro_batches",
     ),
     Mutant(
@@ -462,8 +462,8 @@ MUTANTS = (
     ),
     Mutant(
         "dropout depends on what was drawn before",
-        "train/loop.py",
-        'torch.manual_seed(derived_seed(parts.settings.seed, "dropout", number, first))',
+        "train/task.py",
+        "torch.manual_seed(seed)",
         "torch.initial_seed()",
         "train/test_loop.py::test_dropout_is_a_function_of_seed_and_step_not_of_what_was_drawn_before",
     ),

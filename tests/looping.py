@@ -11,7 +11,7 @@ from lora_cli.train.layout import Layout
 from lora_cli.train.loop import Actions, Measured, Parts, Settings, train
 from lora_cli.train.progress import Progress
 from lora_cli.train.ranks import Ranks
-from lora_cli.train.task import Task
+from lora_cli.train.task import Learning, Task
 
 TARGETS = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"]
 
@@ -59,7 +59,7 @@ class Run:
     def events(self, steps: int = 6, *, sample=None):
         actions = Actions((lambda: Measured(next(self.losses), 9)) if self.measured else None, sample, self._save)
         parts = Parts(
-            self.task,
+            Learning(self.task, self.accelerator),
             self.optimizer,
             self.parameters,
             schedule=self.schedule,

@@ -95,8 +95,10 @@ class LoRAModule(LoRALayer, StandIn):
     def forward(self, x: Tensor) -> Tensor:
         """x as the base takes it -> y as the base gives it"""
         y = self.base(x)
-        if not self.enabled:
-            return y
+        return self.added(x, y) if self.enabled else y
+
+    def added(self, x: Tensor, y: Tensor) -> Tensor:
+        """What the layer makes of y = base(x): the update is added to it."""
         update = self.low_rank(x).to(y.dtype)
         return y + update if self.magnitude is None else self._dora(y, update)
 

@@ -69,7 +69,7 @@ from lora_cli.train.rewind import Rewind
 from lora_cli.train.sharded import check_can_be_sharded, is_sharded, shard, sharded_modules
 from lora_cli.train.sharding import Sharding, asked_for
 from lora_cli.train.sinks import Sink, open_sinks
-from lora_cli.train.task import Task
+from lora_cli.train.task import Learn, Learning, Task
 from lora_cli.train.trackers import Tracked, check_trackers
 from lora_cli.train.watch import GiveUp, Watch
 
@@ -197,14 +197,16 @@ def execute(
     asked_to_stop: Callable[[], bool] = lambda: False,
     give_up: GiveUp | None = None,
     shortage: OutOfMemory | None = None,
+    learn: Learn | None = None,
 ) -> Iterator[Event]:
     """Train; yield what happens. Files are written by the first process alone.
 
     Ends with Finished; with Interrupted where it was asked to stop; with Complete alone where there is nothing to resume.
     With `give_up`, several processes look after each other: it is called, on a thread, where one of them hangs, or can't
-    go on while the others wait for it. A `shortage` of memory ended the session before: its forwards are taken from here on.
+    go on while the others wait for it. A `shortage` of memory ended the session before: its forwards are taken from here
+    on. `learn` makes the forwards of a run that trains together with others.
     """
-    parts, first = _parts(run, asked_to_stop), run.accelerator.is_main_process
+    parts, first = _parts(run, asked_to_stop, learn), run.accelerator.is_main_process
     if resume:
         on_first(run.accelerator, lambda: set_damaged_aside(run.folder.checkpoints))
     found = continuation(run, allow_change) if resume else None
@@ -279,7 +281,7 @@ def _watch(run: Run, parts: Parts, give_up: GiveUp | None) -> Iterator[Watch | N
         yield None
         return
     with Watch(parts.ranks.mine, parts.ranks.count, give_up) as watch:
-        watch.follow(run.accelerator.unwrap_model(parts.task), sharded_modules(run.model))
+        watch.follow(run.accelerator.unwrap_model(parts.learn.task), sharded_modules(run.model))
         try:
             yield watch
         except StartAgain as error:
@@ -287,13 +289,12 @@ def _watch(run: Run, parts: Parts, give_up: GiveUp | None) -> Iterator[Watch | N
             raise
 
 
-def _parts(run: Run, asked_to_stop: Callable[[], bool]) -> Parts:
+def _parts(run: Run, asked_to_stop: Callable[[], bool], learn: Learn | None) -> Parts:
     training = run.recipe.training
-    task = Task(run.model, OBJECTIVES[objective_of(training).kind]).train()
     parameters = {name: p for name, p in run.model.named_parameters() if p.requires_grad}
     optimizer = make_optimizer(training, parameters)
     return Parts(
-        task=run.accelerator.prepare(task) if run.accelerator.num_processes > 1 and not is_sharded(run.model) else task,
+        learn=learn or _learning(run),
         optimizer=optimizer,
         parameters=parameters,
         schedule=make_schedule(training, run.plan.steps),
@@ -302,6 +303,12 @@ def _parts(run: Run, asked_to_stop: Callable[[], bool]) -> Parts:
         ranks=Ranks(run.accelerator, asked_to_stop, sharded=is_sharded(run.model)),
         rewind=Rewind() if training.rewind_on_spike else None,
     )
+
+
+def _learning(run: Run) -> Learning:
+    task = Task(run.model, OBJECTIVES[objective_of(run.recipe.training).kind]).train()
+    several = run.accelerator.num_processes > 1 and not is_sharded(run.model)
+    return Learning(run.accelerator.prepare(task) if several else task, run.accelerator)
 
 
 def _restored(run: Run, parts: Parts, found: Continuation) -> Progress:
@@ -358,7 +365,7 @@ def _rehearsal(run: Run) -> list[Example]:
 
 def _actions(run: Run, parts: Parts, progress: Progress, settings: Mapping[str, object]) -> Actions:
     training, ranks = run.recipe.training, parts.ranks
-    task, measure = run.accelerator.unwrap_model(parts.task), MEASURES.get(objective_of(training).kind)
+    task, measure = run.accelerator.unwrap_model(parts.learn.task), MEASURES.get(objective_of(training).kind)
 
     def evaluate() -> Measured:
         found = held_out_loss(task, run.rows.held_out, progress.layout, run.accelerator, measure, between=ranks.go_on)

@@ -43,7 +43,7 @@ from lora_cli.train.parallel import sum_gradients
 from lora_cli.train.progress import Progress
 from lora_cli.train.ranks import MemoryShort, Ranks, Stopped
 from lora_cli.train.rewind import Rewind
-from lora_cli.train.task import Task
+from lora_cli.train.task import Learn
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Actions:
 class Parts:
     """What every step works on."""
 
-    task: Task
+    learn: Learn
     optimizer: Optimizer
     parameters: Parameters
     schedule: Schedule
@@ -191,11 +191,9 @@ def _gradients(parts: Parts, number: int, rows: Rows, progress: Progress) -> Sum
     losses = []
     parts.optimizer.zero_grad()
     for place, (first, batch) in enumerate(_batches(parts, rows, progress.layout)):
-        torch.manual_seed(derived_seed(parts.settings.seed, "dropout", number, first))
-        with parts.ranks.together(place), accelerator.no_sync(parts.task):
-            loss = parts.task(to_device(batch, accelerator.device))
-            accelerator.backward(loss.total / items)
-            losses.append(Loss(loss.total.detach(), loss.metrics))
+        dropout = derived_seed(parts.settings.seed, "dropout", number, first)
+        with parts.ranks.together(place):
+            losses.append(parts.learn(to_device(batch, accelerator.device), items, dropout))
         progress.fitted = max(progress.fitted, batch["input_ids"].numel())
     sum_gradients(parts.parameters, accelerator)
     grad_norm = accelerator.clip_grad_norm_(list(parts.parameters.values()), parts.settings.max_grad_norm or math.inf)
@@ -229,8 +227,8 @@ def _rehearse(parts: Parts, progress: Progress, rows: Rows) -> None:
     """The largest forward of the rows, its gradients thrown away: memory runs out in the first minute or never."""
     batches = list(enumerate(_batches(parts, rows, progress.layout)))
     place, (_, batch) = max(batches, key=lambda item: item[1][1]["input_ids"].numel())
-    with rehearsed(parts.parameters), parts.ranks.together(place), parts.accelerator.no_sync(parts.task):
-        parts.accelerator.backward(parts.task(to_device(batch, parts.accelerator.device)).total)
+    with rehearsed(parts.parameters), parts.ranks.together(place):
+        parts.learn(to_device(batch, parts.accelerator.device), 1.0, seed=0)
         progress.fitted = batch["input_ids"].numel()
     parts.optimizer.zero_grad()
 

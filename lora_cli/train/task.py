@@ -1,5 +1,10 @@
-"""Model and objective as one module, so that DDP and FSDP see exactly one forward per batch."""
+"""Model and objective as one module, so that DDP and FSDP see exactly one forward per batch, and what is learned by it."""
 
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from accelerate import Accelerator
 from torch import nn
 
 from lora_cli.data.types import Batch
@@ -14,3 +19,29 @@ class Task(nn.Module):
 
     def forward(self, batch: Batch) -> Loss:
         return self.objective(self.model, batch)
+
+
+class Learn(Protocol):
+    """One forward and backward: the gradient of the batch's loss, a sum, over `items` joins that of the parameters.
+
+    `seed` is what dropout is drawn from. Returns the loss without its graph. Held-out rows are measured by the `task`.
+    """
+
+    task: nn.Module
+
+    def __call__(self, batch: Batch, items: float, seed: int) -> Loss: ...
+
+
+@dataclass(frozen=True)
+class Learning:
+    """By a task of this process alone, or by one wrapped for several of them, whose gradients are added up later."""
+
+    task: nn.Module
+    accelerator: Accelerator
+
+    def __call__(self, batch: Batch, items: float, seed: int) -> Loss:
+        torch.manual_seed(seed)
+        with self.accelerator.no_sync(self.task):
+            loss = self.task(batch)
+            self.accelerator.backward(loss.total / items)
+        return Loss(loss.total.detach(), loss.metrics)
