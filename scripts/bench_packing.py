@@ -30,7 +30,7 @@ from lora_cli.recipe.reader import LoadedRecipe, read_recipe
 from lora_cli.runs.folder import RunFolder
 from lora_cli.runs.train import Run, prepare
 from lora_cli.train.layout import Layout, micro_batches
-from lora_cli.train.loop import to_device
+from lora_cli.train.task import to_device
 
 ENTRIES = Path(__file__).resolve().parent.parent / "recipes/jargon/jargon.jsonl"
 CHARACTERS = 100, 8000  # of a mixed row; four make a token

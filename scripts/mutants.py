@@ -441,8 +441,8 @@ MUTANTS = (
     Mutant(
         "the loss is divided by the number of micro-batches too",
         "train/loop.py",
-        "parts.learn(to_device(batch, accelerator.device), items, dropout)",
-        "parts.learn(to_device(batch, accelerator.device), items * (len(rows) // progress.layout.micro_batch_size), dropout)",
+        "parts.learn(batch, items, dropout)",
+        "parts.learn(batch, items * (len(rows) // progress.layout.micro_batch_size), dropout)",
         "train/test_loop.py::test_gradients_do_not_depend_on_the_micro_batches",
     ),
     Mutant(

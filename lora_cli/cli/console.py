@@ -70,6 +70,25 @@ def show_notices() -> None:
     logger.propagate = False
 
 
+@contextmanager
+def told_once() -> Iterator[None]:
+    """What lower floors log is shown once inside the block, however many runs it is said of."""
+    told: set[str] = set()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        return text not in told and not told.add(text)
+
+    handlers = list(logging.getLogger("lora_cli").handlers)
+    for handler in handlers:
+        handler.addFilter(is_new)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(is_new)
+
+
 def _without_secrets(text: str) -> str:
     from lora_cli.recipe.secrets import redacted
 

@@ -44,6 +44,7 @@ def app() -> typer.Typer:
     from lora_cli.cli.report import report
     from lora_cli.cli.resize import resize
     from lora_cli.cli.schema import schema
+    from lora_cli.cli.sweep import sweep
     from lora_cli.cli.train import train
     from lora_cli.cli.unmerge import unmerge
 
@@ -58,6 +59,7 @@ def app() -> typer.Typer:
     commands.callback()(_root)
     for name, command in {
         "train": train,
+        "sweep": sweep,
         "check": check,
         "data": data,
         "eval": eval_,

@@ -11,8 +11,8 @@ from lora_cli.data.examples import sources_in
 from lora_cli.data.types import Example
 from lora_cli.objectives.base import Loss, Measure
 from lora_cli.train.layout import Layout, micro_batches
-from lora_cli.train.loop import add_losses, source_losses, to_device
-from lora_cli.train.task import Task
+from lora_cli.train.loop import add_losses, source_losses
+from lora_cli.train.task import Task, to_device
 
 TOGETHER = 4096  # examples that are batched by length together: in memory, and far more than a forward takes
 

@@ -38,6 +38,7 @@ from lora_cli.models.base import resolve_base
 from lora_cli.models.identity import ids_of_tokens, tokenizer_identity
 from lora_cli.models.load import default_device, load_model, load_tokenizer, resolve_dtype
 from lora_cli.models.recompute import checkpoint_activations, setting_of
+from lora_cli.models.shared import LoadModel
 from lora_cli.objectives.table import MEASURES, OBJECTIVES
 from lora_cli.recipe.reader import LoadedRecipe, resolved_yaml
 from lora_cli.recipe.schema import Recipe, labels_of, objective_of, seconds_of
@@ -87,11 +88,17 @@ PROOFS = [
 
 
 def prepare(
-    loaded: LoadedRecipe, folder: RunFolder, progress: OnTokenized | None = None, *, resume: bool = False
+    loaded: LoadedRecipe,
+    folder: RunFolder,
+    progress: OnTokenized | None = None,
+    *,
+    resume: bool = False,
+    load: LoadModel = load_model,
 ) -> Run:
     """Make the parts of a run. What needs no weights comes first, so that mistakes are found in seconds.
 
-    With `resume`, a start that is computed from rows is not computed again.
+    With `resume`, a start that is computed from rows is not computed again. `load` makes the model, for several runs
+    perhaps over one base.
     """
     recipe = loaded.recipe
     check_trackers(recipe.training.trackers)
@@ -107,7 +114,7 @@ def prepare(
     check_rows(loaded, base, tokenizer, rows)
     training = recipe.training
     head = new_head(training, rows.labels, tokenizer.pad_token_id)
-    model = load_model(
+    model = load(
         base,
         dtype=dtype,
         quantize=recipe.model.quantize,
@@ -353,7 +360,8 @@ def _events(
         progress=progress,
         rehearsal=_rehearsal(run) if auto.rehearses(run.accelerator.device) else None,
     )
-    yield from metered(stepping, run, parts.optimizer, progress)
+    # what is measured is a step of this run alone
+    yield from metered(stepping, run, parts.optimizer, progress) if isinstance(parts.learn, Learning) else stepping
 
 
 def _rehearsal(run: Run) -> list[Example]:

@@ -193,7 +193,7 @@ def _gradients(parts: Parts, number: int, rows: Rows, progress: Progress) -> Sum
     for place, (first, batch) in enumerate(_batches(parts, rows, progress.layout)):
         dropout = derived_seed(parts.settings.seed, "dropout", number, first)
         with parts.ranks.together(place):
-            losses.append(parts.learn(to_device(batch, accelerator.device), items, dropout))
+            losses.append(parts.learn(batch, items, dropout))
         progress.fitted = max(progress.fitted, batch["input_ids"].numel())
     sum_gradients(parts.parameters, accelerator)
     grad_norm = accelerator.clip_grad_norm_(list(parts.parameters.values()), parts.settings.max_grad_norm or math.inf)
@@ -228,7 +228,7 @@ def _rehearse(parts: Parts, progress: Progress, rows: Rows) -> None:
     batches = list(enumerate(_batches(parts, rows, progress.layout)))
     place, (_, batch) = max(batches, key=lambda item: item[1][1]["input_ids"].numel())
     with rehearsed(parts.parameters), parts.ranks.together(place):
-        parts.learn(to_device(batch, parts.accelerator.device), 1.0, seed=0)
+        parts.learn(batch, 1.0, seed=0)
         progress.fitted = batch["input_ids"].numel()
     parts.optimizer.zero_grad()
 
@@ -340,10 +340,6 @@ def source_losses(metrics: Mapping[str, Tensor], rows: Iterable[Example], source
         items[row.row.source] += row.items
     sums = zip(sources, metrics[BY_SOURCE].tolist(), strict=True)
     return {source: total / items[source] for source, total in sums if items[source]}
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}  # type: ignore[return-value]
 
 
 def _peak_bytes(device: torch.device) -> int:

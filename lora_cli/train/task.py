@@ -42,6 +42,10 @@ class Learning:
     def __call__(self, batch: Batch, items: float, seed: int) -> Loss:
         torch.manual_seed(seed)
         with self.accelerator.no_sync(self.task):
-            loss = self.task(batch)
+            loss = self.task(to_device(batch, self.accelerator.device))
             self.accelerator.backward(loss.total / items)
         return Loss(loss.total.detach(), loss.metrics)
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}  # type: ignore[return-value]
