@@ -27,6 +27,10 @@ def sweep(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with a sweep: what has finished stays, the rest continues.")
     ] = False,
+    together: Annotated[
+        bool,
+        typer.Option("--together", help="Train all runs at once, in shared forwards: equal to rounding, not in bytes."),
+    ] = False,
     grace: Annotated[
         float, typer.Option(min=0, help="Seconds from a signal to the end, for steps to be saved.")
     ] = GRACE_SECONDS,
@@ -48,7 +52,7 @@ def sweep(
 
     plans = planned(output, trials, loaded)
     check_free(output, plans, resume=resume)
-    signal = _train(output, recipe, plans, resume=resume, grace=grace)
+    signal = _train(output, recipe, plans, resume=resume, joint=together, grace=grace)
     _tell(output, recipe, plans, as_json=as_json)
     if signal:
         _leave(signal)
@@ -59,23 +63,28 @@ def _beside(output: str) -> Path:
     return path.with_name(f"{path.name}-sweep")
 
 
-def _train(out: Path, recipe: Path, plans: "Sequence[Planned]", *, resume: bool, grace: float) -> int | None:
+def _train(
+    out: Path, recipe: Path, plans: "Sequence[Planned]", *, resume: bool, joint: bool, grace: float
+) -> int | None:
     """All runs; the signal that interrupted them, if one did."""
     from lora_cli.cli.console import told_once
     from lora_cli.cli.sweeping import Display
     from lora_cli.cli.tokenizing import tokenizing
-    from lora_cli.runs.sweep import held, one_by_one, prepare_all, read_outcome, write_sweep
+    from lora_cli.runs.sweep import can_join, held, one_by_one, prepare_all, read_outcome, together, write_sweep
     from lora_cli.signals import noted
 
     with held(out, plans, resume=resume) as holds:
         with tokenizing() as progress, told_once():
             runs = prepare_all(plans, progress)
+        if joint:
+            can_join(runs)
         with noted(grace) as signals, Display(plans, runs) as display:
             for hold in holds:
                 hold.begin()
             write_sweep(out, recipe, [read_outcome(plan) for plan in plans])
             stopped = {"asked_to_stop": lambda: signals.received is not None}
-            for run, error in one_by_one(runs, display.show, resume=resume, **stopped):
+            train = together if joint else one_by_one
+            for run, error in train(runs, display.show, resume=resume, **stopped):
                 display.ended(run, error)
                 write_sweep(out, recipe, [read_outcome(plan) for plan in plans])
         return signals.received

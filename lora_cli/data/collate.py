@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils import rnn
 
@@ -46,6 +47,27 @@ def collate(rows: Sequence[Row], sources: Sequence[str] = ()) -> Batch:
     if any(len(row) > 1 for row in rows):
         batch |= _borders(rows, shape[1])
     return batch | {"sources": _from_sources(rows, shape[1], sources)} if sources else batch
+
+
+def joined(batches: Sequence[Batch], scales: Sequence[float]) -> Batch:
+    """The rows of several batches below each other, as one batch; what each counts is told apart by `sources`.
+
+    The weights of each are multiplied by its scale. Its sources, or all of its tokens where it has none, become sources of
+    the whole, in the order of the batches.
+    """
+    width = max(batch["input_ids"].shape[1] for batch in batches)
+    labels = _below([batch["labels"] for batch in batches], width, IGNORE)
+    whole = Batch(
+        input_ids=_below([batch["input_ids"] for batch in batches], width, 0),
+        labels=labels,
+        weights=_below([batch["weights"] * scale for batch, scale in zip(batches, scales, strict=True)], width, 0.0),
+        positions=(labels != IGNORE).any(dim=0).nonzero().squeeze(1),
+        sources=torch.block_diag(*(_sources(batch, width).flatten(1) for batch in batches)).view(-1, *labels.shape) > 0,
+    )
+    if any("documents" in batch for batch in batches):
+        documents, places = zip(*(_documents(batch, width) for batch in batches), strict=True)
+        whole |= {"documents": torch.cat(documents), "places": torch.cat(places)}
+    return whole
 
 
 def length(row: Row) -> int:
@@ -97,3 +119,27 @@ def _from_sources(rows: Sequence[Row], width: int, sources: Sequence[str]) -> Te
 def _padded(rows: Sequence[Tensor]) -> Tensor:
     """[batch, time], with zeros to the right."""
     return rnn.pad_sequence(list(rows), batch_first=True)
+
+
+def _below(tensors: Sequence[Tensor], width: int, filling: float) -> Tensor:
+    """[all rows, width]"""
+    return torch.cat([F.pad(tensor, (0, width - tensor.shape[1]), value=filling) for tensor in tensors])
+
+
+def _sources(batch: Batch, width: int) -> Tensor:
+    """[sources, batch, width]: which tokens are of which; one source where nothing is told."""
+    labels = batch["labels"]
+    found = batch["sources"] if "sources" in batch else (labels != IGNORE).unsqueeze(0)
+    return F.pad(found, (0, width - labels.shape[1])).float()
+
+
+def _documents(batch: Batch, width: int) -> tuple[Tensor, Tensor]:
+    """`documents` and `places` of rows padded to `width`: the new padding counts as a document of its own."""
+    rows, time = batch["input_ids"].shape
+    counted = torch.arange(width, device=batch["input_ids"].device).expand(rows, width)
+    documents = batch["documents"] if "documents" in batch else torch.zeros_like(batch["input_ids"])
+    places = batch["places"] if "documents" in batch else counted[:, :time]
+    return (
+        F.pad(documents, (0, width - time), value=time),
+        torch.cat([places, counted[:, : width - time]], dim=1),
+    )

@@ -23,3 +23,8 @@ class Loss(NamedTuple):
 Objective = Callable[[nn.Module, Batch], Loss]
 Measure = Callable[[Mapping[str, Tensor]], dict[str, float]]
 """(metrics summed over all held-out rows) -> figures by name, such as the accuracy."""
+
+
+def by_source(losses: Tensor, of_source: Tensor) -> Tensor:
+    """[sources]: the sum of the losses [n] of each; `of_source` [sources, n] is bool. One that is not finite stays where it is."""
+    return losses.masked_fill(~of_source, 0.0).sum(dim=1)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_cli.data.types import Batch
-from lora_cli.objectives.base import BY_SOURCE, Loss
+from lora_cli.objectives.base import BY_SOURCE, Loss, by_source
 
 
 def classify(model: nn.Module, batch: Batch) -> Loss:
@@ -21,7 +21,7 @@ def classify(model: nn.Module, batch: Batch) -> Loss:
     losses = F.cross_entropy(logits, labels, reduction="none")
     metrics = counts(logits.argmax(dim=1), labels, weights, logits.shape[1])
     if "sources" in batch:
-        metrics[BY_SOURCE] = batch["sources"].to(losses.dtype) @ (losses * weights).detach()
+        metrics[BY_SOURCE] = by_source((losses * weights).detach(), batch["sources"])
     return Loss(losses @ weights, metrics)
 
 

@@ -7,7 +7,7 @@ from lora_cli.data.types import IGNORE, Batch
 from lora_cli.kernels.cross_entropy import head_cross_entropy
 from lora_cli.models.attention import packed_arguments
 from lora_cli.models.logits import frozen_head, last_hidden
-from lora_cli.objectives.base import BY_SOURCE, Loss
+from lora_cli.objectives.base import BY_SOURCE, Loss, by_source
 
 
 def sft(model: nn.Module, batch: Batch) -> Loss:
@@ -28,8 +28,8 @@ def sft(model: nn.Module, batch: Batch) -> Loss:
         total, losses = losses @ weights, losses.detach()
     if "sources" not in batch:
         return Loss(total, {})
-    of_source = batch["sources"][:, *at].flatten(1).to(losses.dtype)
-    return Loss(total, {BY_SOURCE: of_source @ (losses * weights)})
+    of_source = batch["sources"][:, *at].flatten(1)
+    return Loss(total, {BY_SOURCE: by_source(losses * weights, of_source)})
 
 
 def _inputs(model: nn.Module, batch: Batch) -> dict[str, object]:

@@ -72,7 +72,8 @@ ENVIRONMENT = (
     "TOKENIZERS_PARALLELISM",
 )
 # Flags that loosen a promise: what they allow is said in the record, on the page and on the card
-LOOSENING = ("--allow-base-mismatch", "--allow-change", "--trust-remote-code")
+LOOSENING = ("--allow-base-mismatch", "--allow-change", "--together", "--trust-remote-code")
+BARE = ("--allow-base-mismatch", "--together")  # of them, those that name nothing
 
 OF_MERGE = ("out", "base", "tensors", "bytes", "dtypes", "lost", "unmoved_share", "base_differences", "untied", "proof")
 
@@ -306,7 +307,7 @@ def loosened_by_command() -> list[str]:
         flag, equals, value = argument.partition("=")
         if flag in LOOSENING:
             behind = value if equals else "".join(arguments[place + 1 : place + 2])
-            found.append(flag if flag == "--allow-base-mismatch" else f"{flag} {behind}")
+            found.append(flag if flag in BARE else f"{flag} {behind}")
     return found
 
 

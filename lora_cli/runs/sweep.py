@@ -13,14 +13,20 @@ folders say is what counts: a sweep that was killed goes on with `--resume`, and
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lora_cli.data.pipeline import OnTokenized
-from lora_cli.errors import DivergedError, Problem, StorageError, UserError
-from lora_cli.models.shared import loaded_once
+from lora_cli.errors import DivergedError, Problem, RecipeError, StorageError, UserError
+from lora_cli.lora.inject import remove
+from lora_cli.lora.joint import join
+from lora_cli.lora.whole import whole_modules
+from lora_cli.models.shared import loaded_once, shared_copy
+from lora_cli.objectives.table import OBJECTIVES
 from lora_cli.recipe.grid import Trial
 from lora_cli.recipe.reader import LoadedRecipe, with_output
+from lora_cli.recipe.schema import objective_of
 from lora_cli.runs.facts import get
 from lora_cli.runs.folder import Hold, RunFolder, write_json
 from lora_cli.runs.history import number, read_history
@@ -29,6 +35,8 @@ from lora_cli.runs.parts import Run
 from lora_cli.runs.report import told_if_broken_off
 from lora_cli.runs.train import execute, finish, prepare
 from lora_cli.train.events import Event, Finished
+from lora_cli.train.task import Learn, Task
+from lora_cli.train.together import Table, train_together
 
 RECORD, PAGE = "sweep.json", "sweep.html"
 
@@ -125,10 +133,68 @@ def one_by_one(
         yield run, error
 
 
-def follow(run: Run, show: Show, *, resume: bool, asked_to_stop: Callable[[], bool]) -> None:
+def together(
+    runs: Sequence[Run], show: Show, *, resume: bool, asked_to_stop: Callable[[], bool]
+) -> list[tuple[Run, UserError | None]]:
+    """Train them at the same time, in forwards that they share. A run that ends or fails leaves the others alone."""
+    acts = [partial(follow, run, show, resume=resume, asked_to_stop=asked_to_stop) for run in runs]
+    errors = train_together(_table(runs), acts)
+    for error in errors:
+        if error and not isinstance(error, UserError):
+            raise error
+    return list(zip(runs, errors, strict=True))
+
+
+def can_join(runs: Sequence[Run]) -> None:
+    """Raise RecipeError for runs that can't share a forward, with the reason."""
+    for run in runs:
+        if reason := _alone(run, runs[0]):
+            what = f"these runs can't be trained together: {reason}"
+            raise RecipeError(Problem(what, where=str(run.folder.path), fix="leave out `--together`"))
+
+
+def _alone(run: Run, first: Run) -> str | None:
+    """Why a run can't share its forwards with the first one."""
+    base, weight = next(iter(run.model.parameters())), next(iter(first.model.parameters()))
+    if base is not weight:
+        return "they have different bases, or the same in different forms"
+    if objective_of(run.recipe.training).kind != "sft":
+        return "their rows are classified, each run by a head of its own"
+    if whole_modules(run.model):
+        return "modules are trained whole"
+    if run.accelerator.num_processes > 1:
+        return "each is trained by several processes"
+    return None
+
+
+def _table(runs: Sequence[Run]) -> Table:
+    """A model over the weights that all of them have, with the adapters of all of them side by side.
+
+    It computes again in the backward what a run computes again, if any does.
+    """
+    model = shared_copy(next((run for run in runs if run.decision.recompute), runs[0]).model)
+    remove(model)
+    groups = join(model, [run.model for run in runs])
+    return Table(Task(model, OBJECTIVES["sft"]), groups, runs[0].accelerator.device, _at_once(runs))
+
+
+def _at_once(runs: Sequence[Run]) -> int:
+    """How many fit into one forward, by what a step of each is predicted to need beside what stands."""
+    plans = [run.decision.planned for run in runs if run.decision.planned]
+    if not plans:
+        return len(runs)
+    coming = max(plan.needed - plan.memory.standing for plan in plans)
+    standing = plans[0].memory.weights + sum(plan.memory.standing - plan.memory.weights for plan in plans)
+    room = min(run.decision.room for run in runs)
+    return int(min(len(runs), max(1, (room - standing) // max(coming, 1))))
+
+
+def follow(
+    run: Run, show: Show, learn: Learn | None = None, *, resume: bool, asked_to_stop: Callable[[], bool]
+) -> None:
     """One run of a sweep from its first event to its result."""
     event = None
-    for event in execute(run, resume=resume, asked_to_stop=asked_to_stop):
+    for event in execute(run, resume=resume, asked_to_stop=asked_to_stop, learn=learn):
         show(run, event)
     if isinstance(event, Finished):
         with told_if_broken_off(run.folder):

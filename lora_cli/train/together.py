@@ -1,0 +1,153 @@
+"""Several runs over one frozen base, each with a loop of its own: they meet where a forward is needed, and share it.
+
+    run 0   … optimizer, checkpoint, events …  batch ─┐                                 ┌─ its loss, its gradients …
+    run 1   …                                  batch ─┼─ one forward, one backward, ────┼─ its loss, its gradients …
+    run 2   …                       its rows measured ┘  each with the rows of all      └─ …
+
+A run is a thread that stands still while another one works: `Seat` hands its batch over and waits, and `train_together`,
+on the thread that called it, goes round the table, makes what was asked for, and goes round again. So nothing happens at
+the same time, and the loops know nothing of each other. Who has finished, or failed, leaves the table.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lora_cli.data.collate import joined
+from lora_cli.data.types import Batch
+from lora_cli.errors import first_line, is_out_of_memory
+from lora_cli.lora.joint import Group, Groups, Stream
+from lora_cli.objectives.base import BY_SOURCE, Loss
+from lora_cli.train.task import Learn, Task, to_device
+
+
+class Wanted(NamedTuple):
+    """What a run needs: the loss of a batch; with `items` its gradient, too, of the loss over so many."""
+
+    batch: Batch
+    items: float | None
+    seed: int
+
+
+Answer = Loss | Exception
+Act = Callable[[Learn], None]
+
+
+@dataclass
+class Table:
+    """The forwards of all runs: `task` is the shared base under joint layers, `groups` what they look at.
+
+    `most` runs go through one forward; where there are more, one goes after the other.
+    """
+
+    task: Task
+    groups: Groups
+    device: torch.device
+    most: int
+
+    def answers(self, wanted: dict[int, Wanted]) -> dict[int, Answer]:
+        """By the number of the run. Learning and measuring don't mix; out of memory is told to all it may concern."""
+        found: dict[int, Answer] = {}
+        for learns in (True, False):
+            runs = [run for run in sorted(wanted) if (wanted[run].items is not None) == learns]
+            for start in range(0, len(runs), self.most):
+                some = {run: wanted[run] for run in runs[start : start + self.most]}
+                try:
+                    found |= self._together(some, learns=learns)
+                except Exception as error:
+                    # without its traceback, which holds the tensors of the forward
+                    failure = MemoryError(first_line(error)) if is_out_of_memory(error) else error
+                    found |= dict.fromkeys(some, failure)
+        return found
+
+    def _together(self, wanted: dict[int, Wanted], *, learns: bool) -> dict[int, Loss]:
+        batches = [each.batch for each in wanted.values()]
+        items = [each.items or 1.0 for each in wanted.values()]
+        batch = to_device(joined(batches, [1 / count for count in items]), self.device)
+        self.groups.time = batch["input_ids"].shape[1]
+        self.groups.now = [
+            Group(run, *each.batch["input_ids"].shape, Stream(each.seed)) for run, each in wanted.items()
+        ]
+        self.task.train(learns)
+        with torch.set_grad_enabled(learns):
+            loss = self.task(batch)
+        if learns:
+            loss.total.backward()
+        return dict(zip(wanted, _apart(loss.metrics[BY_SOURCE], batches, items), strict=True))
+
+
+def train_together(table: Table, acts: Sequence[Act]) -> list[BaseException | None]:
+    """Let each act train with the `learn` that it is given; the error that ended each, None where none did."""
+    seats = [Seat(number, act) for number, act in enumerate(acts)]
+    wanted = {seat.number: first for seat in seats if (first := seat.proceed(None))}
+    while wanted:
+        for number, answer in table.answers(wanted).items():
+            if following := seats[number].proceed(answer):
+                wanted[number] = following
+            else:
+                del wanted[number]
+    return [seat.error for seat in seats]
+
+
+class Seat:
+    """A run's place: it is the run's `learn`, and its `task` measures held-out rows."""
+
+    def __init__(self, number: int, act: Act) -> None:
+        self.number = number
+        self.act = act
+        self.error: BaseException | None = None
+        self.task = _Measuring(self)
+        self.asked: SimpleQueue[Wanted | None] = SimpleQueue()
+        self.answered: SimpleQueue[Answer | None] = SimpleQueue()
+        self.thread = threading.Thread(target=self._run, name=f"run {number}", daemon=True)
+        self.thread.start()
+
+    def __call__(self, batch: Batch, items: float, seed: int) -> Loss:
+        return self.ask(Wanted(batch, items, seed))
+
+    def ask(self, wanted: Wanted) -> Loss:
+        """Called by the run."""
+        self.asked.put(wanted)
+        answer = self.answered.get()
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def proceed(self, answer: Answer | None) -> Wanted | None:
+        """Called by the table: the run goes on with the answer until it needs the next; None where it has ended."""
+        self.answered.put(answer)
+        return self.asked.get()
+
+    def _run(self) -> None:
+        self.answered.get()
+        try:
+            self.act(self)
+        except BaseException as error:  # told where all have ended
+            self.error = error
+        self.asked.put(None)
+
+
+class _Measuring(nn.Module):
+    """Has no children: what it is switched to is not what the others' layers are switched to."""
+
+    def __init__(self, seat: Seat) -> None:
+        super().__init__()
+        self.ask = seat.ask
+
+    def forward(self, batch: Batch) -> Loss:
+        return self.ask(Wanted(batch, None, 0))
+
+
+def _apart(sums: Tensor, batches: Sequence[Batch], items: Sequence[float]) -> list[Loss]:
+    """The loss of each batch out of the sums by source of all of them, which were divided by `items`."""
+    counts = [len(batch["sources"]) if "sources" in batch else 1 for batch in batches]
+    losses = [own * count for own, count in zip(sums.split(counts), items, strict=True)]
+    return [
+        Loss(own.sum(), {BY_SOURCE: own} if "sources" in batch else {})
+        for own, batch in zip(losses, batches, strict=True)
+    ]

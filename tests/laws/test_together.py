@@ -1,0 +1,148 @@
+"""Runs that train together over one base are the runs that each would be by itself, to rounding."""
+
+import json
+import shutil
+
+import pytest
+from running import adapter_bytes, events, hashes, resumed_after
+from same_run import AGREE, WHOLE, assert_same_curve, assert_same_run
+
+SHORT = WHOLE | {"training.max_steps": 3, "training.eval_steps": 2, "training.micro_batch_size": 3}
+
+
+def swept(lora, file, out, *grid, together: bool, code: int = 0):
+    axes = [argument for axis in grid for argument in ("--grid", axis)]
+    return lora("sweep", file, *axes, "--out", out, *(["--together"] if together else []), code=code)
+
+
+def runs_of(out) -> list[str]:
+    return sorted(folder.name for folder in out.iterdir() if folder.is_dir())
+
+
+@pytest.mark.parametrize(
+    ("axis", "settings"),
+    [
+        ("lora.r=2,8", {}),
+        ("lora.alpha=2,64", {}),
+        ("training.learning_rate=1e-3,2e-2", {}),
+        ("training.seed=1,2", {"lora.dropout": 0.2}),
+        ("training.seed=1,2", {"data.packing": False, "training.micro_batch_size": 8}),
+        ("lora.dropout=0.0,0.3", {"data.packing": False}),
+        ("lora.targets=qv,all-linear", {"lora.dropout": 0.1}),
+        ("lora.layers=[0],[1]", {}),
+        ("lora.use_dora=true,false", {}),
+        ("lora.init=default,pissa", {}),
+        ("training.global_batch_size=3,8", {}),
+        ("training.micro_batch_size=1,4", {}),
+        ("training.gradient_checkpointing=true,false", {"lora.dropout": 0.2}),
+        ("data.packing=true,false", {"lora.dropout": 0.1}),
+        ("training.max_grad_norm=0.01,0", {}),
+        ("data.max_length=14,128", {}),
+    ],
+)
+def test_each_run_is_what_it_is_by_itself(axis, settings, lora, recipe, tmp_path):
+    file = recipe(SHORT | settings)
+
+    swept(lora, file, tmp_path / "together", axis, together=True)
+
+    swept(lora, file, tmp_path / "alone", axis, together=False)
+    assert len(runs_of(tmp_path / "alone")) == 2
+    for name in runs_of(tmp_path / "alone"):
+        assert_same_run(tmp_path / "together" / name, tmp_path / "alone" / name, steps=3)
+
+
+def test_three_runs_that_differ_in_all_that_may_differ_and_stop_at_different_steps(lora, recipe, tmp_path):
+    stop = {"data.eval": "20%", "training.eval_steps": 1, "training.early_stopping_patience": 1, "lora.dropout": 0.1}
+    file = recipe(SHORT | stop | {"training.max_steps": 5, "training.keep_best": True})
+    rates = "training.learning_rate=1e-3,0.5"  # one goes on to the end, the other soon learns nothing
+
+    for way in (True, False):
+        swept(lora, file, tmp_path / str(way), rates, "lora.r=2,6", "training.seed=1,2", together=way)
+
+    ended = set()
+    for name in runs_of(tmp_path / "False"):
+        together, alone = (tmp_path / str(way) / name for way in (True, False))
+        [mine], [theirs] = events(together, "finished"), events(alone, "finished")
+        assert (mine["step"], mine["reason"], mine["adapter_step"]) == (
+            theirs["step"],
+            theirs["reason"],
+            theirs["adapter_step"],
+        )
+        assert_same_curve(together, alone, steps=theirs["step"])
+        ended.add((theirs["reason"], theirs["step"]))
+    assert len(ended) > 1
+
+
+def test_a_run_that_diverges_does_not_touch_the_others(lora, recipe, tmp_path):
+    file = recipe(SHORT)
+
+    swept(lora, file, tmp_path / "together", "training.learning_rate=1e30,0.02", together=True)
+
+    swept(lora, file, tmp_path / "alone", "training.learning_rate=0.02,0.01", together=False)
+    name = "learning_rate=0.02"
+    assert_same_run(tmp_path / "together" / name, tmp_path / "alone" / name, steps=3)
+    found = json.loads((tmp_path / "together/sweep.json").read_text())["runs"]
+    assert [(run["state"], run["exit_code"]) for run in found] == [("finished", 0), ("diverged", 6)]
+
+
+def test_runs_from_several_sources_tell_the_losses_of_each(lora, recipe, tmp_path):
+    file = recipe(SHORT | {"data.eval": None, "training.eval_steps": None})
+    shutil.copy(tmp_path / "train.jsonl", tmp_path / "more.jsonl")
+
+    for way in (True, False):
+        swept(lora, file, tmp_path / str(way), "data.train=[train.jsonl, more.jsonl],train.jsonl", together=way)
+
+    several = 0
+    for name in runs_of(tmp_path / "False"):
+        mine, theirs = (events(tmp_path / str(way) / name, "step") for way in (True, False))
+        for one, other in zip(mine, theirs, strict=True):
+            assert one.get("sources", {}) == pytest.approx(other.get("sources", {}), rel=AGREE)
+            several += len(one.get("sources", {})) == 2
+    assert several == 3
+
+
+def test_what_was_killed_rejoins_and_what_has_finished_stays(lora, recipe, tmp_path):
+    file = recipe(SHORT | {"training.save_steps": 1, "training.keep_checkpoints": 9, "lora.dropout": 0.1})
+    out, axis = tmp_path / "out-sweep", "lora.r=2,3,4"
+    swept(lora, file, tmp_path / "alone", axis, together=False)
+    swept(lora, file, out, axis, together=True)
+    finished = hashes(out / "r=2")
+
+    shutil.rmtree(out / "r=4")
+    resumed_after(1, out / "r=3", file, lambda *arguments: lora("sweep", *arguments[1:]), "--grid", axis, "--together")
+
+    assert hashes(out / "r=2") == finished
+    assert [event["step"] for event in events(out / "r=3", "resumed")] == [1]
+    for name in runs_of(out):
+        assert_same_run(out / name, tmp_path / "alone" / name, steps=3)
+
+
+def test_the_same_sweep_twice_is_the_same_bytes(lora, recipe, tmp_path):
+    file = recipe(SHORT | {"lora.dropout": 0.1})
+
+    for way in ("once", "again"):
+        swept(lora, file, tmp_path / way, "training.seed=1,2", together=True)
+
+    for name in runs_of(tmp_path / "once"):
+        assert adapter_bytes(tmp_path / "once" / name) == adapter_bytes(tmp_path / "again" / name)
+
+
+def test_what_loosens_a_promise_is_recorded(lora, recipe, tmp_path):
+    swept(lora, recipe(SHORT), tmp_path / "out", "lora.r=2,3", together=True)
+
+    record = json.loads((tmp_path / "out/r=2/run.json").read_text())
+    assert record["loosened"] == ["--together"]
+
+
+@pytest.mark.parametrize(
+    ("axis", "reason"),
+    [
+        ("model.dtype=float32,bfloat16", "different bases"),
+        ("lora.modules_to_save=[],[lm_head]", "trained whole"),
+    ],
+)
+def test_runs_that_share_no_forward_are_refused_with_the_reason(axis, reason, lora, recipe, tmp_path):
+    done = swept(lora, recipe(SHORT), tmp_path / "out", axis, together=True, code=2)
+
+    assert reason in done.err
+    assert not (tmp_path / "out").exists()
