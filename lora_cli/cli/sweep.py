@@ -1,6 +1,6 @@
 """`lora sweep`: a recipe with several values of some keys, a run for each combination, and what came of them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,7 +11,7 @@ from lora_cli.errors import Problem, RecipeError
 from lora_cli.signals import GRACE_SECONDS
 
 if TYPE_CHECKING:
-    from lora_cli.runs.sweep import Outcome, Planned
+    from lora_cli.runs.outcomes import Outcome, Planned
 
 
 def sweep(
@@ -70,7 +70,8 @@ def _train(
     from lora_cli.cli.console import told_once
     from lora_cli.cli.sweeping import Display
     from lora_cli.cli.tokenizing import tokenizing
-    from lora_cli.runs.sweep import can_join, held, one_by_one, prepare_all, read_outcome, together, write_sweep
+    from lora_cli.runs.outcomes import read_outcome, write_sweep
+    from lora_cli.runs.sweep import can_join, held, one_by_one, prepare_all, together
     from lora_cli.signals import noted
 
     with held(out, plans, resume=resume) as holds:
@@ -93,10 +94,12 @@ def _train(
 def _tell(out: Path, recipe: Path, plans: "Sequence[Planned]", *, as_json: bool) -> None:
     """The comparison; ends with the exit code of the sweep where that is not 0."""
     from lora_cli.cli.console import show_json
-    from lora_cli.runs.sweep import exit_code, ranked, read_outcome, write_sweep
+    from lora_cli.runs.outcomes import exit_code, ranked, read_outcome, write_sweep
+    from lora_cli.runs.sweep_page import write_sweep_page
 
     outcomes = [read_outcome(plan) for plan in plans]
     document = write_sweep(out, recipe, outcomes)
+    write_sweep_page(out, outcomes)
     if as_json:
         show_json(document)
     else:
@@ -108,25 +111,29 @@ def _tell(out: Path, recipe: Path, plans: "Sequence[Planned]", *, as_json: bool)
 def _show(out: Path, outcomes: "Sequence[Outcome]") -> None:
     from lora_cli.cli.console import duration, number, plain_table, show
     from lora_cli.cli.console import out as stdout
+    from lora_cli.runs.outcomes import PAGE, loss_name
 
-    held_out = any(outcome.first_loss is not None for outcome in outcomes)
-    table = plain_table(
-        "run", "held-out loss" if held_out else "training loss", "best step", "steps", "parameters", "time"
-    )
+    table = plain_table("run", loss_name(outcomes), "best step", "steps", "parameters", "time")
     for outcome in outcomes:
         table.add_row(
             outcome.name,
-            "–" if outcome.loss is None or outcome.state != "finished" else f"{outcome.loss:.4f}",
-            "–" if outcome.best_step is None else str(outcome.best_step),
+            _or_dash(outcome.loss, "{:.4f}".format),
+            _or_dash(outcome.best_step, str),
             f"{outcome.step}" if outcome.state == "finished" else f"{outcome.step} ({outcome.state})",
-            "–" if outcome.parameters is None else number(outcome.parameters),
-            "–" if outcome.seconds is None else duration(outcome.seconds),
+            _or_dash(outcome.parameters, number),
+            _or_dash(outcome.seconds, duration),
         )
     stdout.print(table)
-    if held_out and (first := outcomes[0].first_loss) is not None:
-        show(f"before training the held-out loss is {first:.4f}")
-    if outcomes[0].state == "finished":
-        show(f"best: {outcomes[0].folder}")
+    best = outcomes[0]
+    if best.first_loss is not None:
+        show(f"before training the held-out loss is {best.first_loss:.4f}")
+    show(f"page: {out / PAGE}")
+    if best.state == "finished":
+        show(f"best: {best.folder}")
+
+
+def _or_dash(value: float | None, form: Callable[[float], str]) -> str:
+    return "–" if value is None else form(value)
 
 
 def _leave(number: int) -> None:

@@ -8,8 +8,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from lora_cli.cli.console import animated, duration, err, inert, note, number
 from lora_cli.errors import UserError, first_line
+from lora_cli.runs.outcomes import Planned
 from lora_cli.runs.parts import Run
-from lora_cli.runs.sweep import Planned
 from lora_cli.train.events import Complete, Evaluated, Event, Finished, OutOfMemory, Resumed, Skipped, Started, Step
 
 
