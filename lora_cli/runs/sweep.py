@@ -17,8 +17,9 @@ from pathlib import Path
 
 from lora_cli.data.pipeline import OnTokenized
 from lora_cli.errors import Problem, RecipeError, StorageError, UserError
-from lora_cli.lora.inject import remove
+from lora_cli.lora.inject import lora_layers, remove
 from lora_cli.lora.joint import join
+from lora_cli.lora.layer import LoRALinear
 from lora_cli.lora.whole import whole_modules
 from lora_cli.models.shared import loaded_once, shared_copy
 from lora_cli.objectives.table import OBJECTIVES
@@ -125,6 +126,8 @@ def _alone(run: Run, first: Run) -> str | None:
         return "their rows are classified, each run by a head of its own"
     if whole_modules(run.model):
         return "modules are trained whole"
+    if other := next((p for p, layer in lora_layers(run.model).items() if not isinstance(layer, LoRALinear)), None):
+        return f"{other} is no linear layer"
     if run.accelerator.num_processes > 1:
         return "each is trained by several processes"
     return None
