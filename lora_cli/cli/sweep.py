@@ -1,6 +1,7 @@
 """`lora sweep`: a recipe with several values of some keys, a run for each combination, and what came of them."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,7 +12,13 @@ from lora_cli.errors import Problem, RecipeError
 from lora_cli.signals import GRACE_SECONDS
 
 if TYPE_CHECKING:
+    from lora_cli.models.shared import LoadModel
+    from lora_cli.recipe.grid import Space
+    from lora_cli.recipe.reader import LoadedRecipe
     from lora_cli.runs.outcomes import Outcome, Planned
+    from lora_cli.runs.parts import Run
+    from lora_cli.runs.search import Search
+    from lora_cli.train.events import Event
 
 
 def sweep(
@@ -20,6 +27,13 @@ def sweep(
         list[str] | None,
         typer.Option(metavar="KEY=V1,V2", help="Values of a key, such as lora.r=4,8,16; repeated, all combinations."),
     ] = None,
+    search: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=LOW..HIGH", help="A range or values to choose from, such as lora.r=4,8,16; may be repeated."
+        ),
+    ] = None,
+    trials: Annotated[int, typer.Option(metavar="N", min=1, max=1000, help="Runs of a search.")] = 20,
     set_: SetOption = None,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where the runs go; else the recipe's `output` with -sweep.")
@@ -40,19 +54,30 @@ def sweep(
 
     Example: lora sweep recipe.yaml --grid lora.r=4,8,16 --grid training.learning_rate=1e-4,3e-4
     """
+    from lora_cli.recipe.grid import corners, read_trials, space
     from lora_cli.recipe.grid import grid as combinations
-    from lora_cli.recipe.grid import read_trials
 
-    if not grid:
-        raise RecipeError(Problem("a sweep needs values to try", fix="write `--grid lora.r=4,8,16`"))
-    trials = combinations(grid)
-    loaded = read_trials(recipe, set_ or [], trials)
-    output = out or _beside(loaded[0].recipe.output)
+    if bool(grid) == bool(search):
+        what = "a sweep needs values to try" if not grid else "`--grid` and `--search` exclude each other"
+        raise RecipeError(Problem(what, fix="write `--grid lora.r=4,8,16`, or `--search lora.r=4..64`"))
+    if search and together:
+        what = "a search learns from each run before it begins the next, and can't train them together"
+        raise RecipeError(Problem(what, fix="leave out `--together`, or use `--grid`"))
+    choices = space(search or [])
+    tried = corners(choices) if search else combinations(grid)
+    loaded = read_trials(recipe, set_ or [], tried, "--search" if search else "--grid")
+    from lora_cli.cli.console import told_once
     from lora_cli.runs.sweep import check_free, planned
 
-    plans = planned(output, trials, loaded)
+    output = out or _beside(loaded[0].recipe.output)
+    plans = [] if search else planned(output, tried, loaded)
     check_free(output, plans, resume=resume)
-    signal = _train(output, recipe, plans, resume=resume, joint=together, grace=grace)
+    session = _Session(output, recipe, set_ or [], resume, grace)
+    with told_once():
+        if search:
+            plans, signal = session.search(choices, loaded[0], trials)
+        else:
+            signal = session.train(plans, joint=together)
     _tell(output, recipe, plans, as_json=as_json)
     if signal:
         _leave(signal)
@@ -63,32 +88,84 @@ def _beside(output: str) -> Path:
     return path.with_name(f"{path.name}-sweep")
 
 
-def _train(
-    out: Path, recipe: Path, plans: "Sequence[Planned]", *, resume: bool, joint: bool, grace: float
-) -> int | None:
-    """All runs; the signal that interrupted them, if one did."""
-    from lora_cli.cli.console import told_once
-    from lora_cli.cli.sweeping import Display
-    from lora_cli.cli.tokenizing import tokenizing
-    from lora_cli.runs.outcomes import read_outcome, write_sweep
-    from lora_cli.runs.sweep import can_join, held, one_by_one, prepare_all, together
-    from lora_cli.signals import noted
+@dataclass
+class _Session:
+    """What all runs of this command have in common."""
 
-    with held(out, plans, resume=resume) as holds:
-        with tokenizing() as progress, told_once():
-            runs = prepare_all(plans, progress)
-        if joint:
-            can_join(runs)
-        with noted(grace) as signals, Display(plans, runs) as display:
-            for hold in holds:
-                hold.begin()
-            write_sweep(out, recipe, [read_outcome(plan) for plan in plans])
-            stopped = {"asked_to_stop": lambda: signals.received is not None}
-            train = together if joint else one_by_one
-            for run, error in train(runs, display.show, resume=resume, **stopped):
-                display.ended(run, error)
-                write_sweep(out, recipe, [read_outcome(plan) for plan in plans])
-        return signals.received
+    out: Path
+    recipe: Path
+    set_: list[str]
+    resume: bool
+    grace: float
+
+    def train(
+        self,
+        plans: "Sequence[Planned]",
+        *,
+        joint: bool = False,
+        load: "LoadModel | None" = None,
+        search: "Search | None" = None,
+        earlier: "Sequence[Planned]" = (),
+    ) -> int | None:
+        """All runs; the signal that interrupted them, if one did. A `search` hears of their events and may give one up."""
+        from lora_cli.cli.sweeping import Display
+        from lora_cli.cli.tokenizing import tokenizing
+        from lora_cli.runs.sweep import can_join, held, one_by_one, prepare_all, together
+        from lora_cli.signals import noted
+
+        with held(self.out, plans, resume=self.resume) as holds:
+            with tokenizing() as progress:
+                runs = prepare_all(plans, progress, load)
+            if joint:
+                can_join(runs)
+            with noted(self.grace) as signals, Display(plans, runs) as display:
+                for hold in holds:
+                    hold.begin()
+                self.note([*earlier, *plans])
+
+                def show(run: "Run", event: "Event") -> None:
+                    display.show(run, event)
+                    if search:
+                        search.report(event)
+
+                def stop() -> bool:
+                    return signals.received is not None or (search is not None and search.given_up)
+
+                train = together if joint else one_by_one
+                for run, error in train(runs, show, resume=self.resume, asked_to_stop=stop):
+                    display.ended(run, error)
+                    self.note([*earlier, *plans])
+            return signals.received
+
+    def search(self, choices: "Space", first: "LoadedRecipe", most: int) -> "tuple[list[Planned], int | None]":
+        """Run after run, each chosen by what came of those before; the signal that interrupted them, if one did."""
+        from lora_cli.models.shared import loaded_once
+        from lora_cli.recipe.grid import read_trials
+        from lora_cli.runs.outcomes import read_outcome, trials_of
+        from lora_cli.runs.search import Search, check_search
+        from lora_cli.runs.sweep import give_up, planned
+
+        check_search(first.recipe)
+        search, load = Search(choices, first.recipe.training.seed), loaded_once()
+        known = trials_of(self.out) if self.resume else []
+        plans = planned(self.out, known, read_trials(self.recipe, self.set_, known, "--search"))
+        plans = [plan for plan in plans if search.remember(read_outcome(plan))]
+        signal = None
+        while search.number < most and not signal:
+            trials = [search.ask()]
+            [plan] = planned(self.out, trials, read_trials(self.recipe, self.set_, trials, "--search"))
+            signal = self.train([plan], load=load, search=search, earlier=plans)
+            if search.given_up and not signal:
+                give_up(plan)
+            search.tell(read_outcome(plan))
+            plans.append(plan)
+        return plans, signal
+
+    def note(self, plans: "Sequence[Planned]") -> None:
+        """What has come of the runs so far, for who looks, and for a session that goes on."""
+        from lora_cli.runs.outcomes import read_outcome, write_sweep
+
+        write_sweep(self.out, self.recipe, [read_outcome(plan) for plan in plans])
 
 
 def _tell(out: Path, recipe: Path, plans: "Sequence[Planned]", *, as_json: bool) -> None:

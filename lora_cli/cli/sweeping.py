@@ -30,8 +30,8 @@ class Display(AbstractContextManager):
         self.bars = {
             id(run): self.bar.add_task(self._name(run), total=run.plan.steps, figures="", visible=False) for run in runs
         }
-        first = runs[0]
-        note(f"{len(runs)} runs over {first.base.name}; data: {inert(first.rows.report.summary())}")
+        if len(runs) > 1:
+            note(f"{len(runs)} runs over {runs[0].base.name}; data: {inert(runs[0].rows.report.summary())}")
 
     def __enter__(self) -> Self:
         self.bar.start()

@@ -1,13 +1,17 @@
-"""`--grid KEY=V1,V2 …`: one run for each combination of values, each with a name that says which it is.
+"""`--grid KEY=V1,V2 …`: one run for each combination of values, each with a name that says which it is; and `--search`,
+values and ranges to choose from.
 
-grid(["lora.r=4,8", "training.learning_rate=1e-4,3e-4"])  ->  r=4,learning_rate=1e-4   r=4,learning_rate=3e-4   r=8,…
+grid(["lora.r=4,8", "training.learning_rate=1e-4,3e-4"])   ->  r=4,learning_rate=1e-4   r=4,learning_rate=3e-4   r=8,…
+space(["lora.r=4,8", "training.learning_rate=1e-5..1e-3"]) ->  {"lora.r": ["4", "8"], "training.learning_rate": Range(…)}
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from math import inf, prod
 from pathlib import Path
+from typing import TypeVar
 
 import yaml
 
@@ -17,7 +21,7 @@ from lora_cli.recipe.reader import LoadedRecipe, read_recipe
 
 LONGEST_NAME = 100  # characters; a folder's name has at most 255 bytes
 MOST_RUNS = 1000
-FIX = "write `--grid lora.r=4,8,16`"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -33,28 +37,91 @@ class Trial:
         return [f"{key}={value}" for key, value in self.settings.items()]
 
 
+@dataclass(frozen=True)
+class Range:
+    """Any number from `low` to `high`; a `whole` one where both are. Over a factor of ten and more, by its logarithm."""
+
+    low: float
+    high: float
+    whole: bool
+
+    @property
+    def log(self) -> bool:
+        return self.low > 0 and self.high / self.low >= 10
+
+
+Space = Mapping[str, Range | list[str]]
+
+
 def grid(axes: Sequence[str]) -> list[Trial]:
     """Every combination, the last axis moving fastest. Raises RecipeError with all that is wrong with the axes."""
-    problems: list[Problem] = []
-    values: dict[str, list[str]] = {}
-    for axis in axes:
-        key, problem = axis.partition("=")[0], None
-        try:
-            found = values_of(axis)
-        except ValueError as error:
-            problem = Problem(str(error), where=f"--grid {shown(axis)}", fix=FIX)
-        else:
-            if key in values:
-                problem = Problem(f"`{key}` has two grids", where=f"--grid {shown(axis)}", fix="write them as one")
-            values[key] = found
-        problems += [problem] if problem else []
+    values = _axes(axes, values_of, "--grid", "lora.r=4,8,16")
+    count = prod(map(len, values.values()))
+    if count > MOST_RUNS:
+        fix = f"leave values out: {MOST_RUNS:,} are the most; or choose among them with `--search`"
+        raise RecipeError(Problem(f"the grid has {count:,} runs", fix=fix))
     runs = [dict(zip(values, combination, strict=True)) for combination in product(*values.values())]
-    if len(runs) > MOST_RUNS:
-        what = f"the grid has {len(runs):,} runs"
-        problems.append(Problem(what, fix=f"leave values out: {MOST_RUNS:,} are the most; or `--search` among them"))
+    return [Trial(name, settings) for name, settings in zip(names_of(runs), runs, strict=True)]
+
+
+def space(axes: Sequence[str]) -> Space:
+    """What to choose from, by key. Raises RecipeError with all that is wrong with the axes."""
+    return _axes(axes, choices_of, "--search", "training.learning_rate=1e-5..1e-3")
+
+
+def corners(space: Space) -> list[Trial]:
+    """Trials that try every value and both ends of every range once, to be read and not run."""
+    ends = {key: [_written(of.low), _written(of.high)] if isinstance(of, Range) else of for key, of in space.items()}
+    return [
+        Trial("", {key: values[place % len(values)] for key, values in ends.items()})
+        for place in range(max(map(len, ends.values())))
+    ]
+
+
+def chosen(number: int, values: Mapping[str, float | str]) -> Trial:
+    """A trial of a search, by its number; of a number from a range, three digits are taken."""
+    settings = {key: value if isinstance(value, str) else _written(value) for key, value in values.items()}
+    [name] = names_of([settings])
+    return Trial(f"{number:03d}-{name[:LONGEST_NAME]}", settings)
+
+
+def _axes(axes: Sequence[str], parse: Callable[[str], T], option: str, example: str) -> dict[str, T]:
+    problems: list[Problem] = []
+    found: dict[str, T] = {}
+    for axis in axes:
+        key, where, fix = axis.partition("=")[0], f"{option} {shown(axis)}", f"write `{option} {example}`"
+        if key in found:
+            problems.append(Problem(f"`{key}` is given twice", where=where, fix="write its values as one"))
+        try:
+            found[key] = parse(axis)
+        except ValueError as error:
+            problems.append(Problem(str(error), where=where, fix=fix))
     if problems:
         raise RecipeError(*problems)
-    return [Trial(name, settings) for name, settings in zip(names_of(runs), runs, strict=True)]
+    return found
+
+
+def choices_of(axis: str) -> Range | list[str]:
+    """`training.learning_rate=1e-5..1e-3` is a range; anything else is values."""
+    key, _, text = axis.partition("=")
+    low, dots, high = text.partition("..")
+    if not dots or not key:
+        return values_of(axis)
+    try:
+        found = Range(float(low), float(high), whole=all(re.fullmatch(r"\s*-?[0-9]+\s*", end) for end in (low, high)))
+    except ValueError:
+        raise ValueError(f"the range of `{key}` is not from a number to a number") from None
+    if not found.low < found.high < inf:
+        raise ValueError(f"the range of `{key}` does not begin below its end")
+    return found
+
+
+def _written(value: float) -> str:
+    """`7`, `0.25`, `2.35e-4`"""
+    if float(value).is_integer():
+        return str(int(value))
+    digits, _, exponent = f"{value:.2e}".partition("e")
+    return f"{value:.3g}" if int(exponent) > -4 else f"{float(digits):g}e{int(exponent)}"
 
 
 def values_of(axis: str) -> list[str]:
@@ -85,24 +152,26 @@ def names_of(runs: Sequence[Mapping[str, str]]) -> list[str]:
     return [f"{number:03d}-{name[:LONGEST_NAME]}" for number, name in enumerate(names, 1)]
 
 
-def read_trials(recipe: Path, overrides: Sequence[str], trials: Sequence[Trial]) -> list[LoadedRecipe]:
-    """The recipe of each run. Raises RecipeError with every problem of all of them, each told once."""
+def read_trials(
+    recipe: Path, overrides: Sequence[str], trials: Sequence[Trial], option: str = "--grid"
+) -> list[LoadedRecipe]:
+    """The recipe of each run, whose settings were given with the option. Raises RecipeError with every problem of all of them, each told once."""
     loaded, problems = [], []
     for trial in trials:
         try:
             loaded.append(read_recipe(recipe, [*overrides, *trial.overrides]))
         except RecipeError as error:
-            problems += _as_typed(error.problems, trial)
+            problems += _as_typed(error.problems, trial, option)
     if problems:
         raise RecipeError(*dict.fromkeys(problems))
     return loaded
 
 
-def _as_typed(problems: Sequence[Problem], trial: Trial) -> Iterator[Problem]:
-    """What the reader says of a `--set`, said of the `--grid` that it came from."""
+def _as_typed(problems: Sequence[Problem], trial: Trial, option: str) -> Iterator[Problem]:
+    """What the reader says of a `--set`, said of the option that it came from."""
     for problem in problems:
         ours = any(problem.where.startswith(f"--set {key}=") for key in trial.settings)
-        yield replace(problem, where=problem.where.replace("--set", "--grid", 1)) if ours else problem
+        yield replace(problem, where=problem.where.replace("--set", option, 1)) if ours else problem
 
 
 def _short(keys: Sequence[str]) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """What came of the runs of a sweep, as their folders say it: side by side, the best first, and in sweep.json."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from lora_cli.runs.history import number, read_history
 from lora_cli.runs.lock import command
 
 RECORD, PAGE = "sweep.json", "sweep.html"
+GIVEN_UP = "given up"  # by a search: the state of such a run, and the reason in its record
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Planned:
 @dataclass(frozen=True)
 class Outcome:
     """What a run's folder says of it. `loss` is that of the adapter which is its result, held out where there are such
-    rows; `state` is `finished`, `interrupted`, `waiting`, or how it was broken off."""
+    rows; `state` is `finished`, `interrupted`, `waiting`, `given up` by a search, or how it was broken off."""
 
     name: str
     settings: Mapping[str, str]
@@ -75,6 +77,12 @@ def read_outcome(plan: Planned) -> Outcome:
     )
 
 
+def trials_of(out: Path) -> list[Trial]:
+    """What sweep.json says was tried, in the order of the names."""
+    found = json.loads((out / RECORD).read_text(encoding="utf-8"))
+    return sorted((Trial(run["name"], run["settings"]) for run in found["runs"]), key=lambda trial: trial.name)
+
+
 def ranked(outcomes: Sequence[Outcome]) -> list[Outcome]:
     """The lowest loss first; runs that did not finish come behind those that did."""
     return sorted(outcomes, key=lambda o: (o.state != "finished", o.loss is None, o.loss or 0.0))
@@ -105,4 +113,6 @@ def _state(record: Mapping[str, Any], finished: bool) -> str:
         return "waiting"
     if code := number(get(record, "result", "exit_code")):
         return "diverged" if code == DivergedError.code else "broken off"
+    if get(record, "result", "reason") == GIVEN_UP:
+        return GIVEN_UP
     return "finished" if finished and get(record, "adapter", "sha256") else "interrupted"

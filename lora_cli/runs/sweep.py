@@ -21,15 +21,15 @@ from lora_cli.lora.inject import lora_layers, remove
 from lora_cli.lora.joint import join
 from lora_cli.lora.layer import LoRALinear
 from lora_cli.lora.whole import whole_modules
-from lora_cli.models.shared import loaded_once, shared_copy
+from lora_cli.models.shared import LoadModel, loaded_once, shared_copy
 from lora_cli.objectives.table import OBJECTIVES
 from lora_cli.recipe.grid import Trial
 from lora_cli.recipe.reader import LoadedRecipe, with_output
 from lora_cli.recipe.schema import objective_of
 from lora_cli.runs.folder import Hold, RunFolder
-from lora_cli.runs.outcomes import RECORD, Planned
+from lora_cli.runs.outcomes import GIVEN_UP, RECORD, Planned
 from lora_cli.runs.parts import Run
-from lora_cli.runs.report import told_if_broken_off
+from lora_cli.runs.report import tell_end, told_if_broken_off
 from lora_cli.runs.train import execute, finish, prepare
 from lora_cli.train.events import Event, Finished
 from lora_cli.train.task import Learn, Task
@@ -69,9 +69,11 @@ def held(out: Path, plans: Sequence[Planned], *, resume: bool) -> Iterator[list[
         yield [stack.enter_context(plan.folder.held(resume=resume, overwrite=False)) for plan in plans]
 
 
-def prepare_all(plans: Sequence[Planned], progress: OnTokenized | None = None) -> list[Run]:
+def prepare_all(
+    plans: Sequence[Planned], progress: OnTokenized | None = None, load: LoadModel | None = None
+) -> list[Run]:
     """The parts of every run, over one base where they have the same. Raises with the problems of all runs at once."""
-    load, runs, errors = loaded_once(), [], []
+    load, runs, errors = load or loaded_once(), [], []
     for plan in plans:
         try:
             runs.append(prepare(plan.loaded, plan.folder, progress, load))
@@ -153,6 +155,11 @@ def _at_once(runs: Sequence[Run]) -> int:
     standing = plans[0].memory.weights + sum(plan.memory.standing - plan.memory.weights for plan in plans)
     room = min(run.decision.room for run in runs)
     return int(min(len(runs), max(1, (room - standing) // max(coming, 1))))
+
+
+def give_up(plan: Planned) -> None:
+    """A run that a search has interrupted says so."""
+    tell_end(plan.folder, {"reason": GIVEN_UP})
 
 
 def follow(

@@ -40,7 +40,7 @@ def test_a_name_is_one_folder_whatever_the_value():
         (["lora.r=4,,8"], "the values of `lora.r` can't be told apart"),
         (["lora.r=[4"], "the values of `lora.r` can't be told apart"),
         (["lora.r=4,4"], "`lora.r` has the value `4` twice"),
-        (["lora.r=4", "lora.r=8"], "`lora.r` has two grids"),
+        (["lora.r=4", "lora.r=8"], "`lora.r` is given twice"),
         (["output=a,b"], "the runs of a sweep have folders of their own, by name"),
         (
             [f"training.seed={','.join(map(str, range(40)))}"] * 1 + [f"lora.r={','.join(map(str, range(1, 41)))}"],
