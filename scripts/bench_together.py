@@ -18,6 +18,7 @@ from torch import Tensor
 from lora_cli.cli.console import bytes_text
 from lora_cli.data.order import steps
 from lora_cli.data.types import Batch
+from lora_cli.lora.inject import lora_layers
 from lora_cli.models.load import default_device
 from lora_cli.objectives.sft import sft
 from lora_cli.recipe.grid import grid, read_trials
@@ -41,6 +42,8 @@ def main() -> None:
     arguments = parser.parse_args()
     trials = grid(arguments.grid)
     runs = prepare_all(planned(Path("unused"), trials, read_trials(arguments.recipe, arguments.set, trials)))
+    for layer in (layer for run in runs for layer in lora_layers(run.model).values()):
+        torch.nn.init.normal_(layer.lora_B, std=0.01)  # as after some steps: at zero, A has no gradient
     table, alone = table_of(runs), [Learning(Task(run.model, sft).train(), run.accelerator) for run in runs]
     taken: dict[str, list[tuple[float, float]]] = {way: [] for way in WAYS}
     differences = [0.0, 0.0]

@@ -44,9 +44,9 @@ def sweep_page(outcomes: Sequence[Outcome]) -> str:
 
 def _headline(outcomes: Sequence[Outcome], best: Outcome | None) -> str:
     if best is None or best.loss is None:
-        return f"{len(outcomes)} runs, none of which has finished."
+        return "No run has finished."
     before = f", from {best.first_loss:.3f} before training" if best.first_loss is not None else ""
-    return f"{len(outcomes)} runs: {best.name} has the lowest {loss_name(outcomes)}, {best.loss:.3f}{before}."
+    return f"{best.name} has the lowest {loss_name(outcomes)}: {best.loss:.3f}{before}."
 
 
 def _tiles(outcomes: Sequence[Outcome], best: Outcome | None) -> list[tuple[str, str, str]]:

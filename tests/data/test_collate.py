@@ -1,6 +1,6 @@
 import torch
 
-from lora_cli.data.collate import blank, collate
+from lora_cli.data.collate import blank, collate, joined
 from lora_cli.data.types import IGNORE, Example, RowId
 
 ROW = RowId("train.jsonl", 1)
@@ -70,3 +70,18 @@ def test_no_document_is_predicted_from_the_one_before_it():
 
     assert batch["labels"].tolist() == [[IGNORE, 9, IGNORE, 6, IGNORE, 9, 8, 9, IGNORE]]
     assert batch["weights"].sum().item() == SHORT.items + LONG.items
+
+
+def test_batches_are_joined_row_below_row_and_stay_apart_by_source():
+    packed, plain = collate([[SHORT, LONG]]), collate([[LONG], [SHORT]], ["train.jsonl", "other.jsonl"])
+
+    both = joined([packed, plain], [0.5, 1.0])
+
+    assert both["input_ids"].shape == (3, 9)
+    assert both["input_ids"][1].tolist() == [*LONG.input_ids, 0, 0, 0]
+    assert both["labels"][1].tolist() == [*plain["labels"][0].tolist(), IGNORE, IGNORE, IGNORE]
+    assert both["sources"].shape == (3, 3, 9)
+    assert both["sources"].any(dim=2).tolist() == [[True, False, False], [False, True, True], [False, False, False]]
+    assert both["weights"].sum() == 0.5 * packed["weights"].sum() + plain["weights"].sum()
+    assert both["documents"][1].tolist() == [0] * 6 + [6] * 3  # the padding is a document of its own
+    assert both["places"][1].tolist() == [0, 1, 2, 3, 4, 5, 0, 1, 2]

@@ -6,6 +6,7 @@ from tiny import tiny_model
 
 from lora_cli.data.collate import collate
 from lora_cli.data.types import Example, RowId
+from lora_cli.objectives.base import by_source
 from lora_cli.objectives.sft import sft
 
 ROWS = [
@@ -41,3 +42,15 @@ def test_where_sources_are_told_apart_the_loss_is_the_same_and_each_source_has_i
     expected = [weighted_nats(model, row) for row in reversed(ROWS)]
     assert of_sources.tolist() == pytest.approx(expected, rel=1e-5)
     assert float(found.total) == pytest.approx(sum(expected), rel=1e-5)
+
+
+def test_a_loss_of_one_source_that_is_not_finite_stays_with_it():
+    losses, of_source = (
+        torch.tensor([1.0, float("nan"), 2.0]),
+        torch.tensor([[True, False, True], [False, True, False]]),
+    )
+
+    found = by_source(losses, of_source)
+
+    assert found[0] == 3.0
+    assert found[1].isnan()
