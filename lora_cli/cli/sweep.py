@@ -190,7 +190,8 @@ def _show(out: Path, outcomes: "Sequence[Outcome]") -> None:
     from lora_cli.cli.console import out as stdout
     from lora_cli.runs.outcomes import PAGE, loss_name
 
-    table = plain_table("run", loss_name(outcomes), "best step", "steps", "parameters", "time")
+    table = plain_table("run", loss_name(outcomes), "best at", "steps", "parameters", "time")
+    table.columns[0].no_wrap = True
     for outcome in outcomes:
         table.add_row(
             outcome.name,

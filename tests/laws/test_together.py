@@ -1,11 +1,16 @@
 """Runs that train together over one base are the runs that each would be by itself, to rounding."""
 
 import json
+import os
 import shutil
+import signal
 
 import pytest
 from running import adapter_bytes, events, hashes, resumed_after
 from same_run import AGREE, WHOLE, assert_same_curve, assert_same_run
+
+from lora_cli.lora.joint import JointLinear
+from lora_cli.train.together import Table
 
 SHORT = WHOLE | {"training.max_steps": 3, "training.eval_steps": 2, "training.micro_batch_size": 3}
 
@@ -146,3 +151,70 @@ def test_runs_that_share_no_forward_are_refused_with_the_reason(axis, reason, lo
 
     assert reason in done.err
     assert not (tmp_path / "out").exists()
+
+
+def before_forward(monkeypatch, number: int, act) -> None:
+    """Call `act` before the forward of this number, of those that learn."""
+    forward, done = Table._together, []
+
+    def counted(table, wanted, *, learns):
+        done.append(learns)
+        if learns and sum(done) == number:
+            act()
+        return forward(table, wanted, learns=learns)
+
+    monkeypatch.setattr(Table, "_together", counted)
+
+
+def out_of_memory() -> None:
+    raise MemoryError("no room for the rows of all runs")
+
+
+def test_where_memory_runs_out_every_run_takes_the_step_again_in_smaller_forwards(lora, recipe, tmp_path, monkeypatch):
+    file = recipe(SHORT)
+    swept(lora, file, tmp_path / "alone", "lora.r=2,3", together=False)
+    before_forward(monkeypatch, 2, out_of_memory)
+
+    swept(lora, file, tmp_path / "together", "lora.r=2,3", together=True)
+
+    for name in runs_of(tmp_path / "alone"):
+        assert [event["step"] for event in events(tmp_path / "together" / name, "out_of_memory")] == [1]
+        assert_same_run(tmp_path / "together" / name, tmp_path / "alone" / name, steps=3)
+
+
+def test_a_signal_saves_every_run_and_they_go_on_from_there(lora, recipe, tmp_path, monkeypatch):
+    file = recipe(SHORT | {"training.micro_batch_size": 8, "data.packing": False})
+    swept(lora, file, tmp_path / "alone", "lora.r=2,3", together=False)
+    with monkeypatch.context() as patched:
+        before_forward(patched, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        done = swept(lora, file, tmp_path / "together", "lora.r=2,3", together=True, code=143)
+
+    lora("sweep", file, "--grid", "lora.r=2,3", "--out", tmp_path / "together", "--together", "--resume")
+
+    assert "--resume" in done.err.splitlines()[-1]
+    for name in runs_of(tmp_path / "alone"):
+        [stopped] = events(tmp_path / "together" / name, "interrupted")
+        assert stopped["saved"] in (1, 2)  # a signal may be heard one forward late
+        assert_same_run(tmp_path / "together" / name, tmp_path / "alone" / name, steps=3)
+
+
+def test_what_does_not_fit_into_one_forward_goes_through_several(lora, recipe, tmp_path, monkeypatch):
+    file = recipe(SHORT)
+    swept(lora, file, tmp_path / "alone", "lora.r=2,3,4", together=False)
+    sizes = []
+    monkeypatch.setattr("lora_cli.runs.sweep._at_once", lambda runs: 2)
+    monkeypatch.setattr(JointLinear, "forward", watched(JointLinear.forward, sizes))
+
+    swept(lora, file, tmp_path / "together", "lora.r=2,3,4", together=True)
+
+    assert set(sizes) == {1, 2}
+    for name in runs_of(tmp_path / "alone"):
+        assert_same_run(tmp_path / "together" / name, tmp_path / "alone" / name, steps=3)
+
+
+def watched(forward, sizes: list[int]):
+    def call(layer, x):
+        sizes.append(len(layer.groups.now))
+        return forward(layer, x)
+
+    return call
