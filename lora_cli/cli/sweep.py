@@ -115,7 +115,7 @@ class _Session:
 
         with held(self.out, plans, resume=self.resume) as holds:
             with tokenizing() as progress:
-                runs = prepare_all(plans, progress, load)
+                runs = prepare_all(plans, progress, load, resume=self.resume)
             if joint:
                 can_join(runs)
             with noted(self.grace) as signals, Display(plans, runs) as display:

@@ -49,18 +49,17 @@ def collate(rows: Sequence[Row], sources: Sequence[str] = ()) -> Batch:
     return batch | {"sources": _from_sources(rows, shape[1], sources)} if sources else batch
 
 
-def joined(batches: Sequence[Batch], scales: Sequence[float]) -> Batch:
+def joined(batches: Sequence[Batch]) -> Batch:
     """The rows of several batches below each other, as one batch; what each counts is told apart by `sources`.
 
-    The weights of each are multiplied by its scale. Its sources, or all of its tokens where it has none, become sources of
-    the whole, in the order of the batches.
+    The sources of each, or all of its tokens where it has none, become sources of the whole, in the order of the batches.
     """
     width = max(batch["input_ids"].shape[1] for batch in batches)
     labels = _below([batch["labels"] for batch in batches], width, IGNORE)
     whole = Batch(
         input_ids=_below([batch["input_ids"] for batch in batches], width, 0),
         labels=labels,
-        weights=_below([batch["weights"] * scale for batch, scale in zip(batches, scales, strict=True)], width, 0.0),
+        weights=_below([batch["weights"] for batch in batches], width, 0.0),
         positions=(labels != IGNORE).any(dim=0).nonzero().squeeze(1),
         sources=torch.block_diag(*(_sources(batch, width).flatten(1) for batch in batches)).view(-1, *labels.shape) > 0,
     )

@@ -25,10 +25,10 @@ class Head(NamedTuple):
     softcap: float | None = None
 
 
-def head_cross_entropy(hidden: Tensor, head: Head, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Σ weight · −log p(label), and −log p(label) of each row, in nats, without a gradient.
+def head_cross_entropy(hidden: Tensor, head: Head, labels: Tensor, weights: Tensor) -> Tensor:
+    """weight · −log p(label) of each row, in nats.
 
-    hidden [rows, hidden], labels [rows] (any where the weight is 0), weights [rows] float32 -> [], [rows]
+    hidden [rows, hidden], labels [rows] (any where the weight is 0), weights [rows] float32 -> [rows]
     """
     graded = torch.is_grad_enabled() and hidden.requires_grad
     return _HeadCrossEntropy.apply(hidden, head, labels, weights, graded)
@@ -36,9 +36,7 @@ def head_cross_entropy(hidden: Tensor, head: Head, labels: Tensor, weights: Tens
 
 class _HeadCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, head: Head, labels: Tensor, weights: Tensor, graded: bool
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, hidden: Tensor, head: Head, labels: Tensor, weights: Tensor, graded: bool) -> Tensor:
         size = max(1, LOGITS_AT_ONCE[hidden.device.type] // len(head.weight))
         losses = torch.empty_like(weights)
         gradient = torch.empty_like(hidden) if graded else None
@@ -48,14 +46,13 @@ class _HeadCrossEntropy(torch.autograd.Function):
                 hidden[part], head, labels[part], weights[part], None if gradient is None else gradient[part]
             )
         ctx.save_for_backward(gradient)
-        ctx.mark_non_differentiable(losses)
-        return losses @ weights, losses
+        return losses.mul_(weights)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_total: Tensor, d_losses: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_losses: Tensor) -> tuple[Tensor | None, ...]:
         [gradient] = ctx.saved_tensors
-        return gradient * d_total.to(gradient.dtype), None, None, None, None
+        return gradient * d_losses.unsqueeze(1).to(gradient.dtype), None, None, None, None
 
 
 def _stretch(hidden: Tensor, head: Head, labels: Tensor, weights: Tensor, gradient: Tensor | None) -> Tensor:

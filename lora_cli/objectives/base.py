@@ -20,6 +20,10 @@ class Loss(NamedTuple):
     metrics: Mapping[str, Tensor]
 
 
+def without_graph(loss: Loss) -> Loss:
+    return Loss(loss.total.detach(), {name: metric.detach() for name, metric in loss.metrics.items()})
+
+
 Objective = Callable[[nn.Module, Batch], Loss]
 Measure = Callable[[Mapping[str, Tensor]], dict[str, float]]
 """(metrics summed over all held-out rows) -> figures by name, such as the accuracy."""

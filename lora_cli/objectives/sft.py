@@ -21,15 +21,13 @@ def sft(model: nn.Module, batch: Batch) -> Loss:
     labels, weights = batch["labels"][at].flatten(), batch["weights"][at].flatten()
     if head:
         states = last_hidden(model, **_inputs(model, batch))[at].flatten(0, -2)
-        total, losses = head_cross_entropy(states, head, labels.clamp(min=0), weights)
+        losses = head_cross_entropy(states, head, labels.clamp(min=0), weights)
     else:
         logits = model(**_inputs(model, batch), use_cache=False, logits_to_keep=batch["positions"]).logits
-        losses = F.cross_entropy(logits.flatten(0, 1).float(), labels, ignore_index=IGNORE, reduction="none")
-        total, losses = losses @ weights, losses.detach()
+        losses = F.cross_entropy(logits.flatten(0, 1).float(), labels, ignore_index=IGNORE, reduction="none") * weights
     if "sources" not in batch:
-        return Loss(total, {})
-    of_source = batch["sources"][:, *at].flatten(1)
-    return Loss(total, {BY_SOURCE: by_source(losses * weights, of_source)})
+        return Loss(losses.sum(), {})
+    return Loss(losses.sum(), {BY_SOURCE: by_source(losses, batch["sources"][:, *at].flatten(1))})
 
 
 def _inputs(model: nn.Module, batch: Batch) -> dict[str, object]:

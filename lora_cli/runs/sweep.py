@@ -17,9 +17,11 @@ from pathlib import Path
 
 from lora_cli.data.pipeline import OnTokenized
 from lora_cli.errors import Problem, RecipeError, StorageError, UserError
+from lora_cli.lora.biases import trained_biases
 from lora_cli.lora.inject import lora_layers, remove
 from lora_cli.lora.joint import join
 from lora_cli.lora.layer import LoRALinear
+from lora_cli.lora.tokens import trained_tokens
 from lora_cli.lora.whole import whole_modules
 from lora_cli.models.shared import LoadModel, loaded_once, shared_copy
 from lora_cli.objectives.table import OBJECTIVES
@@ -70,13 +72,17 @@ def held(out: Path, plans: Sequence[Planned], *, resume: bool) -> Iterator[list[
 
 
 def prepare_all(
-    plans: Sequence[Planned], progress: OnTokenized | None = None, load: LoadModel | None = None
+    plans: Sequence[Planned],
+    progress: OnTokenized | None = None,
+    load: LoadModel | None = None,
+    *,
+    resume: bool = False,
 ) -> list[Run]:
     """The parts of every run, over one base where they have the same. Raises with the problems of all runs at once."""
     load, runs, errors = load or loaded_once(), [], []
     for plan in plans:
         try:
-            runs.append(prepare(plan.loaded, plan.folder, progress, load))
+            runs.append(prepare(plan.loaded, plan.folder, progress, resume=resume, load=load))
         except UserError as error:
             errors.append(error)
     if errors:
@@ -128,6 +134,8 @@ def _alone(run: Run, first: Run) -> str | None:
         return "their rows are classified, each run by a head of its own"
     if whole_modules(run.model):
         return "modules are trained whole"
+    if trained_biases(run.model) or trained_tokens(run.model):
+        return "biases or rows of tokens are trained beside the layers"
     if other := next((p for p, layer in lora_layers(run.model).items() if not isinstance(layer, LoRALinear)), None):
         return f"{other} is no linear layer"
     if run.accelerator.num_processes > 1:

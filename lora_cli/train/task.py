@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from lora_cli.data.types import Batch
-from lora_cli.objectives.base import Loss, Objective
+from lora_cli.objectives.base import Loss, Objective, without_graph
 
 
 class Task(nn.Module):
@@ -44,7 +44,7 @@ class Learning:
         with self.accelerator.no_sync(self.task):
             loss = self.task(to_device(batch, self.accelerator.device))
             self.accelerator.backward(loss.total / items)
-        return Loss(loss.total.detach(), loss.metrics)
+        return without_graph(loss)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -22,7 +22,7 @@ from lora_cli.data.collate import joined
 from lora_cli.data.types import Batch
 from lora_cli.errors import first_line, is_out_of_memory
 from lora_cli.lora.joint import Group, Groups, Stream
-from lora_cli.objectives.base import BY_SOURCE, Loss
+from lora_cli.objectives.base import BY_SOURCE, Loss, without_graph
 from lora_cli.train.task import Learn, Task, to_device
 
 
@@ -67,18 +67,18 @@ class Table:
 
     def _together(self, wanted: dict[int, Wanted], *, learns: bool) -> dict[int, Loss]:
         batches = [each.batch for each in wanted.values()]
-        items = [each.items or 1.0 for each in wanted.values()]
-        batch = to_device(joined(batches, [1 / count for count in items]), self.device)
+        batch = to_device(joined(batches), self.device)
         self.groups.time = batch["input_ids"].shape[1]
         self.groups.now = [
             Group(run, *each.batch["input_ids"].shape, Stream(each.seed)) for run, each in wanted.items()
         ]
         self.task.train(learns)
         with torch.set_grad_enabled(learns):
-            loss = self.task(batch)
+            losses = _apart(self.task(batch).metrics[BY_SOURCE], batches)
         if learns:
-            loss.total.backward()
-        return dict(zip(wanted, _apart(loss.metrics[BY_SOURCE], batches, items), strict=True))
+            items = [each.items for each in wanted.values()]
+            torch.stack([loss.total / count for loss, count in zip(losses, items, strict=True)]).sum().backward()
+        return dict(zip(wanted, map(without_graph, losses), strict=True))
 
 
 def train_together(table: Table, acts: Sequence[Act]) -> list[BaseException | None]:
@@ -143,11 +143,10 @@ class _Measuring(nn.Module):
         return self.ask(Wanted(batch, None, 0))
 
 
-def _apart(sums: Tensor, batches: Sequence[Batch], items: Sequence[float]) -> list[Loss]:
-    """The loss of each batch out of the sums by source of all of them, which were divided by `items`."""
+def _apart(sums: Tensor, batches: Sequence[Batch]) -> list[Loss]:
+    """The loss of each batch out of the sums by source of all of them."""
     counts = [len(batch["sources"]) if "sources" in batch else 1 for batch in batches]
-    losses = [own * count for own, count in zip(sums.split(counts), items, strict=True)]
     return [
         Loss(own.sum(), {BY_SOURCE: own} if "sources" in batch else {})
-        for own, batch in zip(losses, batches, strict=True)
+        for own, batch in zip(sums.split(counts), batches, strict=True)
     ]

@@ -75,13 +75,13 @@ def test_no_document_is_predicted_from_the_one_before_it():
 def test_batches_are_joined_row_below_row_and_stay_apart_by_source():
     packed, plain = collate([[SHORT, LONG]]), collate([[LONG], [SHORT]], ["train.jsonl", "other.jsonl"])
 
-    both = joined([packed, plain], [0.5, 1.0])
+    both = joined([packed, plain])
 
     assert both["input_ids"].shape == (3, 9)
     assert both["input_ids"][1].tolist() == [*LONG.input_ids, 0, 0, 0]
     assert both["labels"][1].tolist() == [*plain["labels"][0].tolist(), IGNORE, IGNORE, IGNORE]
     assert both["sources"].shape == (3, 3, 9)
     assert both["sources"].any(dim=2).tolist() == [[True, False, False], [False, True, True], [False, False, False]]
-    assert both["weights"].sum() == 0.5 * packed["weights"].sum() + plain["weights"].sum()
+    assert both["weights"].sum() == packed["weights"].sum() + plain["weights"].sum()
     assert both["documents"][1].tolist() == [0] * 6 + [6] * 3  # the padding is a document of its own
     assert both["places"][1].tolist() == [0, 1, 2, 3, 4, 5, 0, 1, 2]

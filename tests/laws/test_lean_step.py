@@ -132,6 +132,20 @@ def test_the_lean_step_is_the_plain_one_where_activations_are_computed_again(rec
     check_same(model, batch_of(packed=True), monkeypatch)
 
 
+@pytest.mark.parametrize(("name", "config"), [("llama-tied", {"trainable_tokens": (7,)}), ("gptj", {"bias": "all"})])
+def test_a_head_whose_output_is_moved_by_what_is_trained_makes_its_own_logits(name, config):
+    model = model_of(name, **config)
+    batch = batch_of(packed=False)
+
+    found = sft(model, batch).total
+
+    assert frozen_head(model) is None
+    logits = model(input_ids=batch["input_ids"], use_cache=False).logits
+    at = batch["labels"] >= 0
+    losses = torch.nn.functional.cross_entropy(logits[at], batch["labels"][at], reduction="none")
+    torch.testing.assert_close(found, losses @ batch["weights"][at], rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("change", ["adapted", "trained"])
 def test_a_head_that_is_not_frozen_as_it_is_makes_its_own_logits(change):
     torch.manual_seed(0)
