@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_cli.kernels.cross_entropy import Head
+from lora_cli.kernels.products import ENOUGH_ROWS, product_type
 from lora_cli.lora.shards import is_sharded
 
 if TYPE_CHECKING:
@@ -41,9 +42,9 @@ def frozen_head(model: "PreTrainedModel") -> Head | None:
 
 
 def _in_shards(weight: Tensor) -> bool:
-    """Or in a run whose losses must be those of shards: narrow logits are rounded otherwise where the model makes them."""
-    narrow = weight.dtype.itemsize < torch.float32.itemsize
-    return is_sharded(weight) or (narrow and torch.distributed.is_initialized())
+    """Or beside processes whose losses must be those of shards: where a CPU emulates narrow products, ours round less."""
+    emulated = product_type(weight, ENOUGH_ROWS) != weight.dtype
+    return is_sharded(weight) or (emulated and torch.distributed.is_initialized())
 
 
 def last_hidden(model: "PreTrainedModel", **inputs: object) -> Tensor:

@@ -48,7 +48,7 @@ def test_a_quantized_base_trains_evaluates_and_its_adapter_merges_into_the_whole
     load_adapter(out).inject_into(ours)
     assert relative_difference(logits(peft_model), logits(ours)) <= 2e-6
 
-    lora("merge", "--adapter", out)
+    lora("merge", "--adapter", out, "--base-grid", "original")
     whole = load_model(Base("tiny", tiny_llama), dtype=torch.float32)
     load_adapter(out).inject_into(whole)
     merged = AutoModelForCausalLM.from_pretrained(out / "merged", dtype=torch.float32)
