@@ -39,12 +39,17 @@ FLOORS = (
 )
 
 
-def readme() -> str:
-    """README.md with its tree of modules made anew: a line a file, from the file's own first sentence."""
-    text = _current(ROOT / "README.md")
-    before, rest = text.split("<!-- tree -->")
-    after = rest.split("<!-- /tree -->")[1]
-    return f"{before}<!-- tree -->\n```\n{_tree()}```\n<!-- /tree -->{after}"
+def code_page() -> str:
+    """docs/code.md: the tree of modules, a line a file, from the file's own first sentence."""
+    return f"""# The code, a line a file
+
+Imports point down: the highest floor comes first, and a file imports from the floors below its own. Read
+[`lora/layer.py`](../lora_cli/lora/layer.py) (what LoRA is), [`train/loop.py`](../lora_cli/train/loop.py) (what training is) and
+[`runs/train.py`](../lora_cli/runs/train.py) (how a recipe becomes both) first.
+
+```
+{_tree()}```
+"""
 
 
 def _tree() -> str:
@@ -93,7 +98,7 @@ PAGES: tuple[tuple[str, Callable[[], str]], ...] = (
     ("docs/recipe.schema.json", recipe_schema_text),
     ("docs/weights.md", weights_page),
     ("docs/export.md", export_page),
-    ("README.md", readme),
+    ("docs/code.md", code_page),
 )
 
 
