@@ -21,25 +21,30 @@ def assert_same_run(found, expected, *, steps: int = 5) -> None:
     assert max(relative_difference(mine[name], theirs[name]) for name in theirs) <= AGREE_AFTER_ADAM
 
 
-def assert_same_curve(found, expected, *, steps: int = 5) -> None:
+def assert_same_curve(found, expected, *, steps: int = 5, later: float = AGREE) -> None:
+    """`later` is how far apart gradients may be once Adam has made a step of their rounding."""
     pairs = list(zip(events(found, "step"), events(expected, "step"), strict=True))
     assert len(pairs) == steps
     for mine, theirs in pairs:
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=AGREE)
-        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=AGREE)
+        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=AGREE if mine["step"] == 1 else later)
         assert (mine["step"], mine["lr"], mine["tokens"]) == (theirs["step"], theirs["lr"], theirs["tokens"])
     for mine, theirs in zip(events(found, "evaluated"), events(expected, "evaluated"), strict=True):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=AGREE)
 
 
 def assert_same_learning(found, expected, *, steps: int = 5) -> None:
-    """Of runs whose losses are rounded otherwise, as in shards: the same curve and, at its end, the same mean gradients.
+    """Of runs whose losses are rounded otherwise, as a head in shards does it: the same curve and mean gradients.
 
     Where a gradient is nearly nothing, Adam makes steps of its rounding: there the adapters may be further apart.
     """
-    assert_same_curve(found, expected, steps=steps)
+    assert_same_curve(found, expected, steps=steps, later=AGREE_AFTER_ADAM)
+    assert_same_adapter_but_for_rounding(found, expected)
     mine, theirs = (mean_gradients(out, steps) for out in (found, expected))
     assert max(relative_difference(mine[name], theirs[name]) for name in theirs) <= AGREE_AFTER_ADAM
+
+
+def assert_same_adapter_but_for_rounding(found, expected) -> None:
     mine, theirs = weights(found), weights(expected)
     assert max(relative_difference(mine[name], theirs[name]) for name in theirs) <= 10 * AGREE_AFTER_ADAM
 

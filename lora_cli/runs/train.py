@@ -93,7 +93,7 @@ def prepare(
     progress: OnTokenized | None = None,
     *,
     resume: bool = False,
-    load: LoadModel = load_model,
+    load: LoadModel | None = None,
 ) -> Run:
     """Make the parts of a run. What needs no weights comes first, so that mistakes are found in seconds.
 
@@ -114,7 +114,7 @@ def prepare(
     check_rows(loaded, base, tokenizer, rows)
     training = recipe.training
     head = new_head(training, rows.labels, tokenizer.pad_token_id)
-    model = load(
+    model = (load or load_model)(
         base,
         dtype=dtype,
         quantize=recipe.model.quantize,

@@ -151,7 +151,7 @@ def test_a_pickled_adapter_is_exit_9(lora, trained):
     ids=["device memory", "host memory", "bug", "disk", "interrupt"],
 )
 def test_what_goes_wrong_inside_has_its_exit_code(error, code, text, lora, recipe, monkeypatch):
-    def fail(*_):
+    def fail(*_, **__):
         raise error
 
     monkeypatch.setattr("lora_cli.runs.train.prepare", fail)

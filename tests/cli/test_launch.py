@@ -490,7 +490,7 @@ def test_a_launcher_that_is_interrupted_takes_its_workers_along(recipe, tmp_path
     ids=["gloo", "nccl", "store"],
 )
 def test_a_worker_that_lost_the_others_is_exit_8(error, lora, recipe, monkeypatch):
-    def fail(*_):
+    def fail(*_, **__):
         raise error
 
     monkeypatch.setattr("lora_cli.runs.train.prepare", fail)
@@ -678,7 +678,7 @@ def test_the_allocators_plain_errors_are_out_of_memory(lora, recipe, monkeypatch
         torch.empty(2**60)
     assert type(allocation.value) is RuntimeError
 
-    def fail(*_):
+    def fail(*_, **__):
         raise allocation.value
 
     monkeypatch.setattr("lora_cli.runs.train.prepare", fail)
