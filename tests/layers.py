@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lora_cli.lora.config import LoRAConfig
 from lora_cli.lora.init import INITS
-from lora_cli.lora.inject import inject, lora_layers
+from lora_cli.lora.inject import inject, lora_layers, trained_beside
 
 IN, OUT, PATH = 64, 96, "proj"
 
@@ -122,9 +122,12 @@ def trained(storage: str, variant: str, init: str = "default", *, dtype: torch.d
 
 
 def randomize(model: nn.Module, *, size: float = 0.3, seed: int = 11) -> None:
-    """Move A, B and magnitude away from where they start."""
+    """Move A, B and magnitude, and what is trained beside them, away from where they start."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
+        for beside in trained_beside(model).values():
+            for parameter in filter(lambda p: p.requires_grad, beside.parameters()):
+                parameter.add_(size * torch.randn(parameter.shape, generator=generator))
         for layer in lora_layers(model).values():
             for factor in (layer.lora_A, layer.lora_B):
                 factor.add_(size * torch.randn(factor.shape, generator=generator))

@@ -15,9 +15,9 @@ class Row(NamedTuple):
 
 
 WEIGHTS = {
-    "`nn.Linear`": Row("llama", ("q_proj", "down_proj")),
-    "`nn.Linear` in nf4, double quantised": Row("llama", ("q_proj", "down_proj"), "nf4"),
-    "`nn.Linear` in int8": Row("llama", ("q_proj", "down_proj"), "int8"),
+    "`nn.Linear`": Row("qwen2", ("q_proj", "down_proj")),
+    "`nn.Linear` in nf4, double quantised": Row("qwen2", ("q_proj", "down_proj"), "nf4"),
+    "`nn.Linear` in int8": Row("qwen2", ("q_proj", "down_proj"), "int8"),
     "`Conv1D` (GPT-2)": Row("gpt2", ("c_attn", "mlp.c_proj")),
     "q k v, and gate and up, in one weight (Phi-3)": Row("phi3", ("qkv_proj", "gate_up_proj")),
     "head": Row("llama", ("lm_head",)),
@@ -38,6 +38,7 @@ WEIGHTS = {
     "ViT, with its patches' convolution": Row("vit", ("q_proj", "v_proj", "fc2", "projection")),
 }
 
+# Settings of a recipe's `lora`
 METHODS: dict[str, dict] = {
     "LoRA": {},
     "rsLoRA": {"use_rslora": True},
@@ -45,8 +46,12 @@ METHODS: dict[str, dict] = {
     "LoRA-FA": {"freeze_A": True},
     "PiSSA": {"init": "pissa"},
     "OLoRA": {"init": "olora"},
+    "LoftQ": {"init": "loftq"},
+    "EVA": {"init": "eva"},
     "gaussian": {"init": "gaussian"},
     "orthogonal": {"init": "orthogonal"},
+    "bias: lora_only": {"bias": "lora_only"},
+    "bias: all": {"bias": "all"},
     "ranks and alphas by pattern": {"rank_pattern": {".*": 3}, "alpha_pattern": {".*": 5}},
 }
 
@@ -54,7 +59,24 @@ NO_MAGNITUDE = (
     "PEFT's format has no magnitudes for experts, and PEFT refuses `use_dora` beside `target_parameters`: nothing could "
     "read the adapter"
 )
-WITHOUT = {(name, "DoRA"): NO_MAGNITUDE for name in WEIGHTS if name.startswith("experts")}
+NOTHING_LOST = "LoftQ makes good what quantising took from a weight, and nothing is quantised here"
+NO_VECTORS = (
+    "EVA looks at the vectors that a linear layer takes, and some of these are none; PEFT's EVA refuses them too"
+)
+NO_BIAS = "There is no bias to train"
+INSIDE = "The bias of gpt-oss's router acts on its choice of experts, and not on what it gives: train it in `modules_to_save`"
+
+NOT_LINEAR = [name for name, row in WEIGHTS.items() if {"embed_tokens", "proj", "projection"} & {*row.targets}]
+EXPERTS = [name for name in WEIGHTS if name.startswith("experts")]
+WITHOUT_BIAS = [name for name, row in WEIGHTS.items() if row.model in ("llama", "llama-tied", "gemma3", "phi3")]
+WITHOUT = {
+    **{(name, "DoRA"): NO_MAGNITUDE for name in EXPERTS},
+    **{(name, "LoftQ"): NOTHING_LOST for name, row in WEIGHTS.items() if row.quantize == "none"},
+    **{(name, "EVA"): NO_VECTORS for name in (*NOT_LINEAR, *EXPERTS)},
+    **{(name, "bias: lora_only"): NO_BIAS for name in (*WITHOUT_BIAS, *EXPERTS)},
+    **{(name, "bias: all"): NO_BIAS for name in (*WITHOUT_BIAS, *EXPERTS)},
+    ("experts of gpt-oss", "bias: all"): INSIDE,
+}
 
 
 def page() -> str:
@@ -64,10 +86,10 @@ def page() -> str:
         "# Weights and methods",
         "",
         "Generated from the table that the tests go through (`tests/method_by_weight.py`); do not edit. In a cell with ✓",
-        "`tests/lora/test_method_by_weight.py` proves, on a tiny real model: training starts at the base; switched off, the",
-        "adapter leaves the base's answers bit for bit; the adapter's file has as many parameters as the formula says, and",
-        "reads back as it was written; PEFT reads it with the same logits and misses nothing; the merged weights answer as",
-        "base + adapter. A number refers to the reason below.",
+        "`tests/lora/test_method_by_weight.py` proves, on a tiny real model: training starts at the base (with LoftQ nearer to",
+        "the unquantised one); switched off, the adapter leaves the base's answers bit for bit; the adapter's file has as many",
+        "parameters as the formula says, and reads back as it was written; PEFT reads it with the same logits and misses",
+        "nothing; the merged weights answer as base + adapter. A number refers to the reason below.",
         "",
         "| | " + " | ".join(METHODS) + " |",
         "| --- |" + " :-: |" * len(METHODS),

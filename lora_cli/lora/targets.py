@@ -11,6 +11,7 @@ from lora_cli.errors import ModelError, Problem
 from lora_cli.lora.config import matches
 
 ALL_LINEAR = "all-linear"
+ADAPTABLE = "weight of this model that can get an adapter"
 LETTERS = {
     "q": "query projection",
     "k": "key projection",
@@ -53,33 +54,34 @@ def is_letters(targets: str | Sequence[str]) -> bool:
 
 def choose_targets(
     targets: str | Sequence[str],
-    linears: Sequence[str],
+    weights: Sequence[str],
     *,
     head: Collection[str] = (),
     exclude: Iterable[str] = (),
     layers: Collection[int] | None = None,
     whole: Collection[str] = (),
 ) -> list[str]:
-    """The paths among `linears` that `targets` name, in the model's order.
+    """The paths among `weights` that `targets` name, in the model's order.
 
-    `head` are output projections: letters and all-linear leave them out, an explicit name reaches them. `whole` are
-    modules that are trained whole: letters and all-linear leave out what is in them, an explicit name is an error.
+    `head` is what letters and all-linear leave out and an explicit name reaches: output projections, and all that is no
+    linear layer. `whole` are modules that are trained whole: letters and all-linear leave out what is in them, an
+    explicit name is an error.
     Raises ModelError for every entry that matches nothing, naming the nearest modules.
     """
-    held = {path for path in linears if path in whole or inside(path, whole)}
-    body = [path for path in linears if path not in head and path not in held]
+    held = {path for path in weights if path in whole or inside(path, whole)}
+    body = [path for path in weights if path not in head and path not in held]
     if targets == ALL_LINEAR:
         chosen = set(body)
     elif is_letters(targets):
         chosen = _by_letters(targets, body)
     else:
         entries = [targets] if isinstance(targets, str) else list(targets)
-        chosen = _by_patterns(entries, linears, key="lora.targets")
-        if both := [path for path in linears if path in chosen & held]:
+        chosen = _by_patterns(entries, weights, key="lora.targets")
+        if both := [path for path in weights if path in chosen & held]:
             what = f"{both[0]} is trained whole, and `lora.targets` names it too"
             raise ModelError(Problem(what, fix="name it in one of `lora.targets` and `lora.modules_to_save`"))
     if exclude := list(exclude):
-        chosen -= _by_patterns(exclude, linears, key="lora.exclude")
+        chosen -= _by_patterns(exclude, weights, key="lora.exclude")
     if layers is not None:
         chosen = {path for path in chosen if layer_index(path) in layers}
     if not chosen:
@@ -89,7 +91,7 @@ def choose_targets(
                 fix=f"choose among {_listing(body)}",
             )
         )
-    return [path for path in linears if path in chosen]
+    return [path for path in weights if path in chosen]
 
 
 def check_patterns(patterns: Iterable[str], chosen: Sequence[str], *, key: str) -> None:
@@ -125,7 +127,7 @@ def fused_notices(targets: str | Sequence[str], chosen: Iterable[str]) -> list[s
 
 def choose_whole(names: Sequence[str], modules: Sequence[str]) -> list[str]:
     """The paths among `modules` that `lora.modules_to_save` names, outermost ones alone, in the model's order."""
-    chosen = _by_patterns(names, modules, key="lora.modules_to_save", kind="module")
+    chosen = _by_patterns(names, modules, key="lora.modules_to_save", what="module of this model")
     return [path for path in modules if path in chosen and not inside(path, chosen)]
 
 
@@ -171,12 +173,12 @@ def _by_letters(letters: str, body: Sequence[str]) -> set[str]:
     return {path for path, found in roles.items() if set(found) & set(letters)}
 
 
-def _by_patterns(entries: Sequence[str], linears: Sequence[str], *, key: str, kind: str = "linear layer") -> set[str]:
+def _by_patterns(entries: Sequence[str], paths: Sequence[str], *, key: str, what: str = ADAPTABLE) -> set[str]:
     chosen: set[str] = set()
     problems = []
     for entry in entries:
         try:
-            found = {path for path in linears if matches(entry, path)}
+            found = {path for path in paths if matches(entry, path)}
         except re.error as error:
             problems.append(
                 Problem(
@@ -188,8 +190,8 @@ def _by_patterns(entries: Sequence[str], linears: Sequence[str], *, key: str, ki
         if not found:
             problems.append(
                 Problem(
-                    f"`{entry}` in `{key}` matches no {kind} of this model",
-                    fix=f"the nearest: {_nearest(entry, linears)}",
+                    f"`{entry}` in `{key}` matches no {what}",
+                    fix=f"the nearest: {_nearest(entry, paths)}",
                 )
             )
         chosen |= found
@@ -198,8 +200,8 @@ def _by_patterns(entries: Sequence[str], linears: Sequence[str], *, key: str, ki
     return chosen
 
 
-def _nearest(entry: str, linears: Sequence[str]) -> str:
-    names = list(dict.fromkeys(path.rsplit(".", 1)[-1] for path in linears))
+def _nearest(entry: str, paths: Sequence[str]) -> str:
+    names = list(dict.fromkeys(path.rsplit(".", 1)[-1] for path in paths))
     return ", ".join(difflib.get_close_matches(entry.rsplit(".", 1)[-1], names, n=10, cutoff=0.4) or names[:10])
 
 

@@ -1,7 +1,7 @@
 """What the factors of a run start from: the recipe's `lora.init`, with the weights or the rows that it is computed from."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_cli.data.order import steps
 from lora_cli.data.types import Example
@@ -74,29 +74,23 @@ def beginning(
         layers = load_adapter(checkpoint.folder).layers  # A comes from there too
         kept = [path for path in paths if path in layers]
         return Beginning(INITS["default"], kept, ranks={path: len(layers[path].A) for path in kept})
-    return _by_variance(recipe, model, paths, rows)
-
-
-def with_ranks(lora: LoRA, ranks: Mapping[str, int]) -> LoRA:
-    """The recipe's block with these ranks, and alphas such that the scale of every module is the same as before."""
-    other = {path: r for path, r in ranks.items() if r != lora.r}
-    scale = lora.config().scale
-    alphas = {path: scale * (r**0.5 if lora.use_rslora else r) for path, r in other.items()}
-    return lora.model_copy(update={"rank_pattern": other, "alpha_pattern": alphas}) if other else lora
-
-
-def _by_variance(recipe: Recipe, model: "PreTrainedModel", paths: Sequence[str], rows: Rows) -> Beginning:
-    """EVA: every process reads the same rows, so all find the same."""
-    lora, weights = recipe.lora, weights_of(model)
-    if other := [path for path in paths if weights[path].kind != LINEAR]:
-        what = f"`lora.init: eva` looks at the inputs of linear layers, and {other[0]} is none"
-        raise ModelError(Problem(what, fix="take it out of `lora.targets`, or use another `lora.init`"))
     plan = planned(recipe, rows)
     examples = (row for _, taken in steps(rows.train, plan, seed=recipe.training.seed) for row in taken)
     few = islice(examples, MOST_ROWS)
     taken = iter(lambda: list(islice(few, ROWS_A_BATCH)), [])
-    most = max(1, round(lora.eva_rho * lora.r))
-    found = principal_directions(model, paths, _forwards(model, taken), most)
+    return by_variance(recipe.lora, model, paths, _forwards(model, taken))
+
+
+def by_variance(lora: LoRA, model: nn.Module, paths: Sequence[str], batches: Iterable[Callable[[], None]]) -> Beginning:
+    """EVA over the forwards that `batches` make; every process reads the same rows, so all find the same.
+
+    Raises ModelError for what is no linear layer.
+    """
+    weights = weights_of(model)
+    if other := [path for path in paths if weights[path].kind != LINEAR]:
+        what = f"`lora.init: eva` looks at the inputs of linear layers, and {other[0]} is none"
+        raise ModelError(Problem(what, fix="take it out of `lora.targets`, or use another `lora.init`"))
+    found = principal_directions(model, paths, batches, most=max(1, round(lora.eva_rho * lora.r)))
     ranks = ranks_by_variance(found, lora.r, lora.eva_rho)
     kept = [path for path in paths if ranks[path]]
     if without := [path for path in paths if not ranks[path]]:
@@ -108,6 +102,14 @@ def _by_variance(recipe: Recipe, model: "PreTrainedModel", paths: Sequence[str],
         lambda path: found[path].directions[: ranks[path]],
         {path: ranks[path] for path in kept},
     )
+
+
+def with_ranks(lora: LoRA, ranks: Mapping[str, int]) -> LoRA:
+    """The recipe's block with these ranks, and alphas such that the scale of every module is the same as before."""
+    other = {path: r for path, r in ranks.items() if r != lora.r}
+    scale = lora.config().scale
+    alphas = {path: scale * (r**0.5 if lora.use_rslora else r) for path, r in other.items()}
+    return lora.model_copy(update={"rank_pattern": other, "alpha_pattern": alphas}) if other else lora
 
 
 def _forwards(model: "PreTrainedModel", batches: Iterator[Sequence[Example]]) -> Iterator[Callable[[], None]]:

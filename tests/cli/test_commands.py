@@ -115,7 +115,7 @@ def test_model_errors_are_exit_4(lora, recipe):
 def test_an_unmatched_target_is_exit_4_and_leaves_no_run(lora, recipe, tmp_path):
     done = lora("train", recipe({"lora.targets": ["q_prj"]}), code=4)
 
-    assert "`q_prj` in `lora.targets` matches no linear layer of this model" in done.err
+    assert "`q_prj` in `lora.targets` matches no weight of this model that can get an adapter" in done.err
     assert not (tmp_path / "out").exists()
 
 

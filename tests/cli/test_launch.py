@@ -336,7 +336,7 @@ def test_an_error_of_every_worker_is_shown_once_with_its_code(recipe):
     done = lora_process("train", recipe({"lora.targets": ["q_prj"]}), "--processes", 2, code=4)
 
     assert done.err.count("error:") == 1
-    assert "`q_prj` in `lora.targets` matches no linear layer of this model" in done.err
+    assert "`q_prj` in `lora.targets` matches no weight of this model that can get an adapter" in done.err
     assert "Traceback" not in done.err
 
 

@@ -7,24 +7,28 @@ from pathlib import Path
 import pytest
 import torch
 from layers import MAKERS, frozen, inputs, randomize, relative_difference
-from method_by_weight import METHODS, WEIGHTS, WITHOUT
+from method_by_weight import INSIDE, METHODS, NO_BIAS, NO_MAGNITUDE, NO_VECTORS, NOTHING_LOST, WEIGHTS, WITHOUT
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import ENCODERS, tiny_base, tiny_encoder_model, tiny_model, tiny_vit
 from torch import Tensor, nn
 
-from lora_cli.budget.modules import counted
+from lora_cli.budget.modules import biases_of, counted
 from lora_cli.budget.params import budget_of
 from lora_cli.errors import ModelError
 from lora_cli.export.proof import merge_in_memory
 from lora_cli.lora.adapter import Adapter
 from lora_cli.lora.config import LoRAConfig
-from lora_cli.lora.init import INITS
-from lora_cli.lora.inject import disabled, inject, names_of_targets
+from lora_cli.lora.init import GIVEN_INITS, INITS
+from lora_cli.lora.inject import disabled, inject, lora_layers, names_of_targets
+from lora_cli.lora.layer import merged_weight
 from lora_cli.lora.peft_format import load_adapter, save_adapter
 from lora_cli.lora.targets import choose_targets
 from lora_cli.lora.weights import fan_in_fan_out, weights_of
 from lora_cli.models.base import Base
 from lora_cli.models.load import load_model
+from lora_cli.recipe.rules import loftq_completes_a_quantised_base
+from lora_cli.recipe.schema import LoRA, Recipe
+from lora_cli.runs.starts import Beginning, by_variance, with_ranks
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
@@ -42,12 +46,12 @@ CELLS = [(weight, method) for weight in WEIGHTS for method in METHODS]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    return tiny_base(tmp_path_factory.mktemp("base"))
+    return tiny_base(tmp_path_factory.mktemp("base"), "qwen2")
 
 
-def model_of(weight: str, folder: Path) -> nn.Module:
+def model_of(weight: str, folder: Path, quantize: str | None = None) -> nn.Module:
     """The same at every call."""
-    name, _, quantize = WEIGHTS[weight]
+    name, quantize = WEIGHTS[weight].model, quantize or WEIGHTS[weight].quantize
     if quantize != "none":
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         return load_model(Base("tiny", folder), dtype=torch.float32, quantize=quantize).eval()
@@ -80,16 +84,33 @@ def answers_of_base(weight: str, folder: Path) -> Tensor:
 
 def with_adapter(weight: str, method: str, folder: Path) -> tuple[nn.Module, LoRAConfig, list[str]]:
     model = model_of(weight, folder)
-    paths = choose_targets(WEIGHTS[weight].targets, list(weights_of(model)))
-    settings = dict(METHODS[method])
-    init = INITS[settings.pop("init", "default")]
-    modules, parameters = names_of_targets(model, paths)
-    config = LoRAConfig(
-        **{"r": 4, "lora_alpha": 6, "target_modules": modules, "target_parameters": parameters, "task_type": None}
-        | settings
-    )
-    inject(model, config, paths, init=init, seed=1)
-    return model, config, paths
+    weights = weights_of(model)
+    paths = choose_targets(WEIGHTS[weight].targets, list(weights))
+    lora = LoRA(r=4, alpha=6, **METHODS[method])
+    begun = beginning(weight, model, paths, lora, folder)
+    modules, parameters = names_of_targets(model, begun.paths)
+    config = with_ranks(lora, begun.ranks).config(modules, target_parameters=parameters, task_type=None)
+    inject(model, config, begun.paths, init=begun.init, given=begun.given, seed=1)
+    return model, config, begun.paths
+
+
+def beginning(weight: str, model: nn.Module, paths: list[str], lora: LoRA, folder: Path) -> Beginning:
+    if lora.init == "loftq":
+        whole = weights_of(model_of(weight, folder, "none"))
+        return Beginning(GIVEN_INITS["loftq"], paths, lambda path: whole[path].dense())
+    if lora.init == "eva":
+        return by_variance(lora, model, paths, [lambda: answers(weight, model)])
+    return Beginning(INITS[lora.init], paths)
+
+
+def check_start(weight: str, method: str, model: nn.Module, folder: Path) -> None:
+    if method != "LoftQ":
+        assert relative_difference(answers(weight, model), answers_of_base(weight, folder)) <= agree(method)
+        return
+    whole = weights_of(model_of(weight, folder, "none"))
+    for path, layer in lora_layers(model).items():
+        W, Q = whole[path].dense(), layer.dense()
+        assert (merged_weight(Q, *layer.factors(), layer.scale) - W).norm() < 0.9 * (Q - W).norm()
 
 
 def agree(method: str) -> float:
@@ -102,7 +123,7 @@ def test_a_method_on_a_weight(weight, method, folder, tmp_path):
 
     # it starts at the base
     model, config, paths = with_adapter(weight, method, folder)
-    assert relative_difference(answers(weight, model), base) <= agree(method)
+    check_start(weight, method, model, folder)
 
     # switched off, it is the base bit for bit
     randomize(model, size=0.1)
@@ -113,8 +134,9 @@ def test_a_method_on_a_weight(weight, method, folder, tmp_path):
 
     # it has as many parameters as the formula says: twice as many where a start has become part of it
     adapter = Adapter.of(model, config)
-    weights = weights_of(model_of(weight, folder))
-    budget = budget_of(counted({path: weights[path] for path in paths}), 0, config)
+    bare = model_of(weight, folder)
+    weights, biases = weights_of(bare), biases_of(bare, config.bias, paths)
+    budget = budget_of(counted({path: weights[path] for path in paths}), 0, config, biases=biases)
     held = budget.trainable + sum(row.count * row.frozen for row in budget.rows)
     assert adapter.parameters == held * (2 if method in ("PiSSA", "OLoRA") else 1)
 
@@ -136,10 +158,25 @@ def test_a_method_on_a_weight(weight, method, folder, tmp_path):
         assert not any("lora" in name for name, _ in again.named_parameters())
 
 
-@pytest.mark.parametrize(("weight", "method"), WITHOUT)
+REFUSED = {
+    NO_MAGNITUDE: "can't get an adapter: PEFT's format has no magnitudes for experts",
+    NO_VECTORS: "`lora.init: eva` looks at the inputs of linear layers, and .* is none",
+    INSIDE: "`lora.bias: all` trains what is added to a module's output, and the bias of .*router is not",
+    NO_BIAS: "`lora.bias: (all|lora_only)`: (this model has|the adapted modules have) no bias",
+}
+
+
+@pytest.mark.parametrize(("weight", "method"), [cell for cell in WITHOUT if WITHOUT[cell] in REFUSED])
 def test_what_is_no_cell_of_the_table_is_refused_with_the_reason(weight, method, folder):
-    with pytest.raises(ModelError, match=r"can't get an adapter: PEFT's format has no magnitudes for experts"):
+    with pytest.raises(ModelError, match=REFUSED[WITHOUT[weight, method]]):
         with_adapter(weight, method, folder)
+
+
+def test_a_completion_of_what_is_not_quantised_is_refused_by_the_recipe():
+    assert set(WITHOUT.values()) - set(REFUSED) == {NOTHING_LOST}
+    recipe = Recipe(model={"base": "x"}, lora={"init": "loftq"}, data={"train": "x.jsonl"})
+
+    assert "and `model.quantize` is `none`" in loftq_completes_a_quantised_base(recipe).what
 
 
 def test_what_the_table_leaves_out_is_in_it():

@@ -92,16 +92,18 @@ def test_a_name_that_matches_nothing_is_told_with_the_nearest_modules():
         choose("llama", ["q_prj", "down"])
 
     assert str(error.value) == (
-        "error: `q_prj` in `lora.targets` matches no linear layer of this model\n"
+        "error: `q_prj` in `lora.targets` matches no weight of this model that can get an adapter\n"
         "  fix: the nearest: q_proj, v_proj, o_proj, k_proj, up_proj, gate_proj, down_proj\n"
         "\n"
-        "error: `down` in `lora.targets` matches no linear layer of this model\n"
+        "error: `down` in `lora.targets` matches no weight of this model that can get an adapter\n"
         "  fix: the nearest: down_proj"
     )
 
 
 def test_an_exclusion_that_matches_nothing_is_an_error_too():
-    with pytest.raises(ModelError, match=r"`mlp_up` in `lora\.exclude` matches no linear layer"):
+    with pytest.raises(
+        ModelError, match=r"`mlp_up` in `lora\.exclude` matches no weight of this model that can get an adapter"
+    ):
         choose("llama", ALL_LINEAR, exclude=["mlp_up"])
 
 
@@ -140,7 +142,9 @@ def test_a_pattern_is_anchored_to_whole_name_segments(pattern):
 
 def test_a_name_made_of_letters_alone_is_read_as_letters_only_when_it_stands_by_itself():
     assert choose("llama", "qv") == choose("llama", ["q_proj", "v_proj"])
-    with pytest.raises(ModelError, match=r"`qv` in `lora\.targets` matches no linear layer"):
+    with pytest.raises(
+        ModelError, match=r"`qv` in `lora\.targets` matches no weight of this model that can get an adapter"
+    ):
         choose("llama", ["qv"])
 
 

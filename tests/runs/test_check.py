@@ -190,7 +190,10 @@ def test_answers_that_are_all_cut_before_their_stop_token_fail(recipe, tmp_path)
 
 
 UNFOUND = {
-    "a target": ({"lora.targets": ["q_prj"]}, "`q_prj` in `lora.targets` matches no linear layer of this model"),
+    "a target": (
+        {"lora.targets": ["q_prj"]},
+        "`q_prj` in `lora.targets` matches no weight of this model that can get an adapter",
+    ),
     "a rank": (
         {"lora.rank_pattern": {"qproj": 2}},
         "`qproj` in `lora.rank_pattern` matches no module that gets an adapter",
