@@ -128,9 +128,16 @@ MUTANTS = (
     Mutant(
         "a base that has changed is taken for a frozen one",
         "runs/train.py",
-        "if frozen_digest(run.model) != run.frozen:",
+        "if not run.recipe.training.full and frozen_digest(run.model) != run.frozen:",
         "if False:",
         "laws/test_run_folder.py::test_a_base_that_changed_in_training_is_an_error_and_no_adapter_is_written",
+    ),
+    Mutant(
+        "full fine-tuning overwrites a base that others share",
+        "runs/train.py",
+        "(load_model if training.full else load or load_model)",
+        "(load or load_model)",
+        "laws/test_full.py::test_an_adapter_beside_a_full_run_is_the_one_that_is_trained_alone",
     ),
     Mutant(
         "dropout acts on nothing",

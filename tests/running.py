@@ -172,8 +172,8 @@ def resumed_after(step: int, folder: Path, recipe: Path, lora: Callable, *argume
     for checkpoint in (folder / "checkpoints").iterdir():
         if int(checkpoint.name.removeprefix("step-")) > step:
             shutil.rmtree(checkpoint)
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        (folder / name).unlink()
+    for name in ("adapter_config.json", "adapter_model.safetensors", "config.json", "model.safetensors"):
+        (folder / name).unlink(missing_ok=True)
     lora("train", recipe, "--resume", *arguments)
 
 

@@ -14,6 +14,7 @@ from lora_cli.lora.config import LoRAConfig
 from lora_cli.lora.targets import choose_targets, kind_of
 
 BYTES = 4  # adapters are float32, in memory and on disk
+EVERY_WEIGHT = "every weight"
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,11 @@ def budget_of(
         Row(*kind, count=count, each=_each(kind, config), frozen=_frozen(kind, config)) for kind, count in kinds.items()
     )
     return Budget(rows, base_parameters, tuple(whole), biases)
+
+
+def full_budget(parameters: int) -> Budget:
+    """Of a base whose every weight is trained: there is no adapter, and what is stored is a model."""
+    return Budget((), parameters, (Whole(EVERY_WEIGHT, parameters, new=False),))
 
 
 Kind = tuple[str, int, int, int]  # name, in, out, r

@@ -1,6 +1,6 @@
 """The peak memory of a training step, in bytes, from the shape of the base and of the batch alone.
 
-weights      the frozen base as it is stored                 activations  what blocks keep for their backward pass
+weights      the frozen base as it is stored, or float32     activations  what blocks keep for their backward pass
 adapter      float32 masters                                 logits       of the trained positions, while the loss is made
 gradients    float32                                         working      what one block needs while it is computed again
 optimizer    the state of each trained parameter                          and passed backwards
@@ -36,11 +36,16 @@ class Setup:
     how: How
     quantize: str = "none"
     optimizer: str = "adamw"
-    full: bool = False  # every weight is trained, as in full fine-tuning; `adapted` are then all linears, with r = 0
+    full: bool = False  # every weight is trained, and float32; `adapted` are then all linears, with r = 0
 
     @property
     def trained(self) -> int:
         return self.shape.parameters if self.full else self.budget.trainable
+
+    @property
+    def weight_bytes(self) -> int:
+        """As the base is loaded: where its weights are trained, they are masters."""
+        return FP32 * self.trained if self.full else base_bytes(self.shape, self.quantize, self.how.number)
 
     @cached_property
     def budget(self) -> Budget:
@@ -78,9 +83,12 @@ class Setup:
 
     @property
     def copied(self) -> int:
-        """Bytes of A and B in the base's type that are kept from the forward: by what is not one function a layer."""
+        """Bytes of what is trained in the type of the products that are kept from the forward: of A and B, by what is not
+        one function a layer."""
+        if self.how.number == FP32:
+            return 0
         lean = not self.how.use_dora and self.quantize == "none"
-        return 0 if lean or self.full or self.how.number == FP32 else self.how.number * self.budget.stored
+        return self.how.number * (self.trained if self.full else 0 if lean else self.budget.stored)
 
     @cached_property
     def widest(self) -> int:
@@ -144,11 +152,9 @@ def step_memory(setup: Setup, batch: Batch, recompute: Recompute) -> StepMemory:
 
 def _standing(setup: Setup) -> tuple[int, int, int, int]:
     """Weights, adapter, gradients, optimizer."""
-    weights, trained = base_bytes(setup.shape, setup.quantize, setup.how.number), setup.trained
-    state, number = OPTIMIZER_BYTES[setup.optimizer], setup.how.number
-    if setup.full:  # in 16 bits: gradients as the weights, and float32 masters beside the state
-        return weights, 0, number * trained, round((state + (FP32 if number < FP32 else 0)) * trained)
-    return weights, FP32 * setup.budget.stored + setup.copied, FP32 * trained, round(state * trained)
+    trained, stored = setup.trained, 0 if setup.full else setup.budget.stored
+    state = round(OPTIMIZER_BYTES[setup.optimizer] * trained)
+    return setup.weight_bytes, FP32 * stored + setup.copied, FP32 * trained, state
 
 
 def kept_bytes(setup: Setup, batch: Batch, recompute: Recompute) -> float:

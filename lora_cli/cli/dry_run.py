@@ -5,7 +5,7 @@ from lora_cli.recipe.reader import LoadedRecipe
 
 def show_dry_run(loaded: LoadedRecipe) -> None:
     from lora_cli.budget.bases import measure_base
-    from lora_cli.budget.params import adapted_linears, budget_of
+    from lora_cli.budget.params import adapted_linears, budget_of, full_budget
     from lora_cli.cli.console import bytes_text, show
     from lora_cli.recipe.reader import resolved_yaml
     from lora_cli.runs.planned import labels_to_learn
@@ -22,11 +22,16 @@ def show_dry_run(loaded: LoadedRecipe) -> None:
         bias=lora.bias,
         tokens=lora.trainable_tokens,
     )
+    show("")
+    if recipe.training.full:
+        budget = full_budget(base.shape.parameters)
+        show(f"trains {budget} parameters, every weight of the base; the model has {bytes_text(budget.adapter_bytes)}")
+        show(_steps(loaded))
+        return
     paths = [module.module for module in base.whole]
     adapted = adapted_linears(base.shape, lora.targets, exclude=lora.exclude, layers=lora.layers, whole=paths)
     config = lora.config()
     budget = budget_of(adapted, base.shape.parameters, config, base.whole, biases=base.biases)
-    show("")
     show(
         f"trains {budget} parameters in {len(adapted) + len(paths)} modules, "
         f"scale {config.scale:g}; the adapter's file has {bytes_text(budget.adapter_bytes)}"

@@ -53,14 +53,15 @@ def _compare(recipe, adapter, base, data, overrides, allow):
     from lora_cli.cli.tokenizing import tokenizing
     from lora_cli.recipe.reader import read_recipe
     from lora_cli.recipe.schema import Model
-    from lora_cli.runs.evaluate import check_task, compare, load_resident, rows_of_recipe
+    from lora_cli.runs.evaluate import check_task, compare, compare_with_base, load_resident, rows_of_recipe
     from lora_cli.runs.rows import rows_of_file
 
     found = read_recipe(recipe, overrides) if recipe else None
     model = found.recipe.model if found else Model(base=base) if base else None
     if found and base:
         model = model.model_copy(update={"base": base, "revision": None})
-    if found and not adapter:
+    tuned = Path(found.recipe.output) if found and found.recipe.training.full and not adapter else None
+    if found and not adapter and not tuned:
         adapter = [Path(found.recipe.output)]
     loaded = load_resident(adapter or [], model, allow_base_mismatch=allow)
     if found:
@@ -71,7 +72,8 @@ def _compare(recipe, adapter, base, data, overrides, allow):
             if data
             else rows_of_recipe(found, loaded, progress)
         )
-    return compare(loaded, *rows), loaded.base.name
+    found = compare_with_base(loaded, tuned, model, *rows) if tuned else compare(loaded, *rows)
+    return found, loaded.base.name
 
 
 def _show(comparison) -> None:
@@ -81,15 +83,14 @@ def _show(comparison) -> None:
     from lora_cli.cli.console import inert, number, out, plain_table, show
 
     table = plain_table("", "loss", "perplexity")
-    table.add_row("base", f"{comparison.base.loss:.4f}", f"{comparison.base.perplexity:.2f}")
-    adapters = {f"base + {name}": found for name, found in comparison.adapters.items()}
-    for name, found in adapters.items():
-        table.add_row(inert(name), f"{found.loss:.4f}", f"{found.perplexity:.2f}", style="bold")
+    measured = {_title(name): found for name, found in comparison.measured.items()}
+    for name, found in measured.items():
+        table.add_row(name, f"{found.loss:.4f}", f"{found.perplexity:.2f}", style="" if name == "base" else "bold")
     for source in comparison.base.sources:
         table.add_row(inert(source))
-        for who, found in {"base": comparison.base, **adapters}.items():
+        for who, found in measured.items():
             loss = found.sources[source]
-            table.add_row(inert(f"  {who}"), f"{loss:.4f}", f"{math.exp(min(loss, 700)):.2f}")
+            table.add_row(f"  {who}", f"{loss:.4f}", f"{math.exp(min(loss, 700)):.2f}")
     out.print(table)
     show(f"{number(comparison.base.rows)} rows, {number(comparison.base.tokens)} trained tokens, nats a token")
 
@@ -100,12 +101,17 @@ def _show_classes(comparison) -> None:
     table = plain_table("", "loss", "accuracy", "macro-F1")
     majority = comparison.majority
     table.add_row(f"always {inert(majority.label)}", "–", *map(_figure, majority.metrics.values()))
-    measured = _measured(comparison)
+    measured = comparison.measured
     for name, found in measured.items():
-        title = name if name == "base" else inert(f"base + {name}")
-        table.add_row(title, f"{found.loss:.4f}", *map(_figure, found.metrics.values()), style="bold")
+        table.add_row(_title(name), f"{found.loss:.4f}", *map(_figure, found.metrics.values()), style="bold")
     out.print(table)
     show(f"{number(_rows(measured))} rows, {len(comparison.report.labels)} labels; the most common one is the baseline")
+
+
+def _title(name: str) -> str:
+    from lora_cli.cli.console import inert
+
+    return {"base": "base", "tuned": "fine-tuned"}.get(name) or inert(f"base + {name}")
 
 
 def _figure(value: float) -> str:
@@ -113,7 +119,7 @@ def _figure(value: float) -> str:
 
 
 def _as_json(comparison, name: str) -> dict:
-    measured = _measured(comparison)
+    measured = comparison.measured
     document = {"model": name, "rows": _rows(measured)}
     if majority := comparison.majority:
         document |= {"labels": comparison.report.labels, "majority": {"label": majority.label, **majority.metrics}}
@@ -121,13 +127,10 @@ def _as_json(comparison, name: str) -> dict:
         document |= {"tokens": comparison.base.tokens}
     if comparison.base:
         document |= {"base": _figures(comparison.base)}
+    if comparison.tuned:
+        document |= {"tuned": _figures(comparison.tuned)}
     adapters = {key: _figures(found) for key, found in comparison.adapters.items()}
     return document | ({"adapters": adapters} if len(adapters) > 1 else adapters)
-
-
-def _measured(comparison) -> dict:
-    """The base, where it can answer, and every adapter."""
-    return ({"base": comparison.base} if comparison.base else {}) | dict(comparison.adapters)
 
 
 def _rows(measured: dict) -> int:

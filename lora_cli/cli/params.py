@@ -54,7 +54,7 @@ def params(
 @dataclass(frozen=True)
 class Answer:
     base: "MeasuredBase"
-    lora: "LoRA"
+    lora: "LoRA | None"  # None where every weight is trained
     budget: "Budget"
     methods: "tuple[Method, ...]"
     notes: tuple[str, ...]
@@ -65,12 +65,17 @@ def _answer(path: Path | None, model: str | None, given: dict[str, object], limi
     from lora_cli.budget.bases import measure_base
     from lora_cli.budget.catalogue import DEFAULT_MODEL
     from lora_cli.budget.memory import compare
-    from lora_cli.budget.params import adapted_linears, budget_of
+    from lora_cli.budget.params import adapted_linears, budget_of, full_budget
+    from lora_cli.errors import Problem, RecipeError
     from lora_cli.recipe.reader import read_recipe
     from lora_cli.recipe.schema import LoRA
 
     found = read_recipe(path) if path else None
     recipe = found.recipe if found else None
+    full = recipe is not None and recipe.training.full
+    if full and (given or limit):
+        fix = "leave the option out, or set `training.method: lora`"
+        raise RecipeError(Problem("`training.method: full` trains every weight: there is no adapter to size", fix=fix))
     lora = (recipe.lora if recipe else LoRA()).model_copy(update=given)
     revision = recipe.model.revision if recipe and not model else None
     labels = _labels(found) if found else None
@@ -88,6 +93,8 @@ def _answer(path: Path | None, model: str | None, given: dict[str, object], limi
     if limit:
         lora = lora.model_copy(update={"r": _solve(limit, lora, adapted, base, given)})
     budget = budget_of(adapted, base.shape.parameters, lora.config(), base.whole, biases=base.biases)
+    if full:
+        return Answer(base, None, full_budget(base.shape.parameters), compare(base.shape, budget), base.shape.notes)
     notes = _notes(base, lora, budget, [linear.path for linear in adapted])
     notes += (labels.note,) if labels and labels.note else ()
     return Answer(base, lora, budget, compare(base.shape, budget), notes)
@@ -141,10 +148,11 @@ def _show(answer: Answer) -> None:
     from lora_cli.cli.console import bytes_text, inert, out, show
 
     budget, lora = answer.budget, answer.lora
-    show(f"{inert(answer.base.name)} · LoRA on {inert(_wanted(lora))} · {_strength(lora)}\n", style="bold")
-    out.print(_modules(budget, _trained_in_each(lora)))
+    method = f"LoRA on {inert(_wanted(lora))} · {_strength(lora)}" if lora else "full fine-tuning"
+    show(f"{inert(answer.base.name)} · {method}\n", style="bold")
+    out.print(_modules(budget, _trained_in_each(lora) if lora else ""))
     show(f"\ntrained   {budget}", style="bold")
-    show(f"adapter   {bytes_text(budget.adapter_bytes)} on disk (float32)\n")
+    show(f"{'adapter' if lora else 'model  '}   {bytes_text(budget.adapter_bytes)} on disk (float32)\n")
     out.print(_memory(answer.methods))
     show("\n" + "\n".join(ASSUMPTIONS), style="dim")
     for note in answer.notes:
@@ -214,14 +222,7 @@ def _document(answer: Answer) -> dict:
             "model_type": base.shape.model_type,
             "parameters": budget.base,
         },
-        "lora": {
-            "r": lora.r,
-            "alpha": lora.effective_alpha,
-            "scale": lora.config().scale,
-            "targets": lora.targets,
-            "use_dora": lora.use_dora,
-            "freeze_A": lora.freeze_A,
-        },
+        "lora": _adapter(lora) if lora else None,
         "modules": [{**asdict(row), "parameters": row.parameters} for row in budget.rows],
         "whole": [asdict(module) for module in budget.whole],
         "biases": budget.biases,
@@ -232,6 +233,17 @@ def _document(answer: Answer) -> dict:
         "memory": [{**asdict(method), "total_bytes": method.total_bytes} for method in answer.methods],
         "assumptions": ASSUMPTIONS,
         "notes": answer.notes,
+    }
+
+
+def _adapter(lora: "LoRA") -> dict:
+    return {
+        "r": lora.r,
+        "alpha": lora.effective_alpha,
+        "scale": lora.config().scale,
+        "targets": lora.targets,
+        "use_dora": lora.use_dora,
+        "freeze_A": lora.freeze_A,
     }
 
 

@@ -8,13 +8,14 @@ from typing import Self
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lora_cli.cli.console import animated, bytes_text, duration, err, inert, note, number, plain_table, show
-from lora_cli.lora.adapter import Adapter
 from lora_cli.models.recompute import described
 from lora_cli.runs.decision import Decision
 from lora_cli.runs.diagnosis import Finding
+from lora_cli.runs.facts import next_commands
 from lora_cli.runs.parts import Run
 from lora_cli.runs.report import read_report
 from lora_cli.runs.resume import pair
+from lora_cli.train.checkpoint import Learned
 from lora_cli.train.events import (
     Complete,
     Evaluated,
@@ -112,14 +113,14 @@ class Display(AbstractContextManager):
                 self.finished = event
                 self.bar.stop()
 
-    def show_result(self, adapter: Adapter) -> None:
+    def show_result(self, learned: Learned) -> None:
         """What came of it, and what to try next, on stdout."""
         finished, folder = self.finished, self.run.folder.path
         show(
             f"{finished.step} steps in {duration(finished.seconds)} ({finished.reason}), peak memory {bytes_text(finished.peak_bytes)}"
         )
         if finished.adapter_step != finished.step:
-            show(f"the adapter is that of step {finished.adapter_step}, where the held-out loss was lowest")
+            show(f"the {self.kind} is that of step {finished.adapter_step}, where the held-out loss was lowest")
         if len(self.evaluations) > 1:
             before, after = self.evaluations[0], self._evaluation_of_the_result()
             figures = [f"held-out loss {before.loss:.4f} → {after.loss:.4f}"]
@@ -128,18 +129,22 @@ class Display(AbstractContextManager):
             ]
             figures += [] if after.metrics else [f"perplexity {before.perplexity:.1f} → {after.perplexity:.1f}"]
             show(", ".join(figures))
+        unchanged = "" if self.run.config is None else "; the base is unchanged"
         show(
-            f"adapter: {folder}, {number(adapter.parameters)} parameters; read back equal to what was trained; the base is unchanged"
+            f"{self.kind}: {folder}, {number(learned.parameters)} parameters; read back equal to what was trained{unchanged}"
         )
         for line in diagnosis_lines(read_report(self.run.folder).findings):
             show(line)
         show(f"report: {self.run.folder.report}")
         show("")
         show("next:")
-        if not self.run.rows.labels:
-            show(f"  lora generate --adapter {folder} --prompt '…'     base and adapter side by side")
-        show(f"  lora eval {folder / 'recipe.yaml'} --adapter {folder}")
-        show(f"  lora merge --adapter {folder}")
+        for command in next_commands(folder, self.run.folder.read_record()):
+            show(f"  {command}")
+
+    @property
+    def kind(self) -> str:
+        """Of what is learned."""
+        return "model" if self.run.config is None else "adapter"
 
     def _evaluation_of_the_result(self) -> Evaluated:
         found = [event for event in self.evaluations if event.step == self.finished.adapter_step]
@@ -159,7 +164,8 @@ class Display(AbstractContextManager):
         for module in budget.whole:
             table.add_row(module.module, "new, whole" if module.new else "whole", "", "1", number(module.parameters))
         err.print(table)
-        note(f"trains {budget} parameters, scale {run.config.scale:g}, adapter {bytes_text(budget.adapter_bytes)}")
+        scale = f", scale {run.config.scale:g}" if run.config else ""
+        note(f"trains {budget} parameters{scale}, {self.kind} {bytes_text(budget.adapter_bytes)}")
         note(f"data: {inert(run.rows.report.summary())}")
         if run.rows.held_out:
             note(f"held out: {len(run.rows.held_out):,} examples")

@@ -602,13 +602,10 @@ def _checked_factors(path: str, found: Mapping[str, Tensor], config: LoRAConfig,
 def _read_config(folder: Path) -> dict:
     file = folder / CONFIG
     if not file.is_file():
-        raise ModelError(
-            Problem(
-                f"no {CONFIG}: this is no adapter folder",
-                where=str(folder),
-                fix="give the folder that `lora train` wrote to",
-            )
-        )
+        what, fix = "no adapter folder", "give the folder that `lora train` wrote to"
+        if (folder / "config.json").is_file():
+            what, fix = "a whole model, and no adapter", "give it with `--base`; `lora extract` makes an adapter of it"
+        raise ModelError(Problem(f"no {CONFIG}: this is {what}", where=str(folder), fix=fix))
     return read_json(file, most_bytes=LARGEST_CONFIG_BYTES, fix="copy or train the adapter again")
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from lora_cli.errors import Problem
 from lora_cli.recipe.document import shown
-from lora_cli.recipe.schema import Recipe, labels_of, share_of, sources_of
+from lora_cli.recipe.schema import LoRA, Recipe, labels_of, share_of, sources_of
 from lora_cli.recipe.template import how_to_ask, prompt_text
 
 
@@ -150,6 +150,24 @@ def the_best_needs_evaluations(recipe: Recipe) -> Problem | None:
     return Problem(what, fix="set `data.eval: 5%` and `training.eval_steps: 100`, or leave `keep_best` out")
 
 
+def full_training_has_no_adapter(recipe: Recipe) -> Problem | None:
+    training = recipe.training
+    if not training.full:
+        return None
+    others = {key: getattr(recipe.lora, key) != field.default for key, field in LoRA.model_fields.items()}
+    idle = {
+        **{f"lora.{key}": given for key, given in others.items()},
+        "training.loraplus_lr_ratio": training.loraplus_lr_ratio != 1,
+        f"model.quantize: {recipe.model.quantize}": recipe.model.quantize != "none",
+        "training.objective: classify": labels_of(training) is not None,
+    }
+    if not (names := [f"`{name}`" for name, given in idle.items() if given]):
+        return None
+    listed = " and ".join(names) if len(names) < 3 else f"{', '.join(names[:-1])} and {names[-1]}"
+    what = f"`training.method: full` trains every weight of a language model and no adapter: it goes without {listed}"
+    return Problem(what, fix=f"leave {'it' if len(names) == 1 else 'them'} out, or set `training.method: lora`")
+
+
 def a_start_has_no_init(recipe: Recipe) -> Problem | None:
     lora = recipe.lora
     if lora.start_from is None or lora.init == "default":
@@ -219,6 +237,8 @@ def _targets(recipe: Recipe) -> list[str]:
     return [targets] if isinstance(targets, str) else targets
 
 
+_LORA = tuple(f"lora.{key}" for key in LoRA.model_fields)
+
 RULES = (
     Rule(("data.train",), sources_have_a_weight_or_a_share),
     Rule(("data.train",), mixed_sources_stand_once),
@@ -235,6 +255,10 @@ RULES = (
     Rule(("training.micro_batch_size", "training.global_batch_size"), micro_batch_fits_the_global_batch),
     Rule(("training.early_stopping_patience", "training.eval_steps", "data.eval"), patience_needs_evaluations),
     Rule(("training.keep_best", "training.eval_steps", "data.eval"), the_best_needs_evaluations),
+    Rule(
+        ("training.method", "training.objective", "training.loraplus_lr_ratio", "model.quantize", *_LORA),
+        full_training_has_no_adapter,
+    ),
     Rule(("lora.start_from", "lora.init"), a_start_has_no_init),
     Rule(("lora.init", "model.quantize"), loftq_completes_a_quantised_base),
     Rule(("lora.init", "lora.rank_pattern", "lora.alpha_pattern"), eva_chooses_the_ranks),

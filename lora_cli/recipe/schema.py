@@ -326,6 +326,11 @@ Objective = Annotated[
 class Training(Block):
     """The run: for how long, how fast, in what batches, and what is kept on the way."""
 
+    method: Literal["lora", "full"] = Field(
+        "lora",
+        description="What is trained: `lora` an adapter, `full` every weight of the base, in float32; `full` is there to "
+        "compare LoRA with, takes many times the memory, and writes a model in place of an adapter.",
+    )
     objective: Objective = Field(
         "sft",
         description="What is minimised; `sft` is cross-entropy on the answers, `classify` on the labels of rows; a "
@@ -429,6 +434,11 @@ class Training(Block):
         "environment variables say where it writes.",
         examples=[["tensorboard"]],
     )
+
+    @property
+    def full(self) -> bool:
+        """Whether every weight is trained, and no adapter."""
+        return self.method == "full"
 
     @field_validator("max_time")
     @classmethod

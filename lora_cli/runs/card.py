@@ -16,11 +16,13 @@ from lora_cli.recipe.schema import share_of
 from lora_cli.runs.facts import (
     get,
     headline,
+    is_full,
     listed,
     mappings,
     merge_facts,
     next_commands,
     objective,
+    parameters,
     samples,
     unfinished,
 )
@@ -32,6 +34,9 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Objective -> the hub's name of the task, and the class of transformers that holds the base
 TASKS = {"classify": ("text-classification", "AutoModelForSequenceClassification")}
 OTHER_TASKS = ("text-generation", "AutoModelForCausalLM")
+USE_MODEL = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")"""
 SHOWN_SAMPLES = 3
 LONGEST_SAMPLE = 600  # characters
 
@@ -43,9 +48,8 @@ def write_card(folder: RunFolder, record: Mapping[str, Any], history: History) -
 def card(record: Mapping[str, Any], history: History) -> str:
     front = yaml.safe_dump(_front(record), sort_keys=False, allow_unicode=False, width=120)
     parts = [_trained(record, history), _results(record, history), _samples(history), _use(record), _proofs(record)]
-    return f"---\n{front}---\n\n# A LoRA adapter\n\n{prose(headline(record, history))}\n\n" + "\n".join(
-        filter(None, parts)
-    )
+    title = "A fine-tuned model" if is_full(record) else "A LoRA adapter"
+    return f"---\n{front}---\n\n# {title}\n\n{prose(headline(record, history))}\n\n" + "\n".join(filter(None, parts))
 
 
 def code(text: str, most: int = 300) -> str:
@@ -73,12 +77,13 @@ def _front(record: Mapping[str, Any]) -> dict[str, Any]:
     base = str(get(record, "base", "name") or "")
     on_hub = bool(get(record, "base", "revision")) and HUB_ID.fullmatch(base)
     datasets = _datasets(record)
+    relation, library = ("finetune", "transformers") if is_full(record) else ("adapter", "peft")
     return {
-        **({"base_model": base, "base_model_relation": "adapter"} if on_hub else {}),
-        "library_name": "peft",
+        **({"base_model": base, "base_model_relation": relation} if on_hub else {}),
+        "library_name": library,
         "pipeline_tag": _task(record)[0],
         **({"datasets": datasets} if datasets else {}),
-        "tags": ["lora", *([f"base_model:adapter:{base}"] if on_hub else [])],
+        "tags": [*(["lora"] * (relation == "adapter")), *([f"base_model:{relation}:{base}"] if on_hub else [])],
     }
 
 
@@ -105,14 +110,17 @@ def _trained(record: Mapping[str, Any], history: History) -> str:
 
     base, commit = (get(record, "base", key) for key in ("name", "revision"))
     formats = get(record, "data", "train", "formats")
-    trainable, total = (number(get(record, "parameters", key)) or 0 for key in ("trainable", "base"))
+    trainable, total = parameters(record)
     scale, rows = number(get(record, "resolved", "scale")), number(get(record, "data", "train_examples"))
     rows = [
         ("base", code(str(base)) + (f" at {code(str(commit))}" if commit else "")),
         ("data", ", ".join(map(code, formats)) if isinstance(formats, Mapping) else ""),
         ("rows", f"{rows:,.0f}" if rows else ""),
-        ("LoRA", f"r = {setting('lora.r')}, scale {scale or 0:g}, on {setting('lora.targets')}"),
-        ("trained parameters", f"{trainable:,.0f} of {trainable + total:,.0f}" if total else ""),
+        (
+            "LoRA",
+            "" if is_full(record) else f"r = {setting('lora.r')}, scale {scale or 0:g}, on {setting('lora.targets')}",
+        ),
+        ("trained parameters", f"{trainable:,.0f} of {total:,.0f}" if total else ""),
         ("steps", f"{history.last_step:,} of {setting('training.global_batch_size')} rows"),
         ("learning rate", f"{setting('training.learning_rate')}{_of_B(record)}, {setting('training.lr_scheduler')}"),
         ("seed", prose(str(record.get("seed")))),
@@ -164,7 +172,9 @@ def _use(record: Mapping[str, Any]) -> str:
     """Commands and code name the base in quotes of their own language, so that no name can end them."""
     if unfinished(record):
         lines = "\n".join(next_commands(Path(), record))
-        return f"## Not finished\n\nThere is no adapter yet, but for those in `checkpoints/`. To go on:\n\n{_fenced('sh', lines)}\n"
+        return f"## Not finished\n\nThere is no result yet, but for what is in `checkpoints/`. To go on:\n\n{_fenced('sh', lines)}\n"
+    if is_full(record):
+        return f"## Use\n\nIn this folder:\n\n{_fenced('sh', next_commands(Path('.'), record)[0])}\n\n{_fenced('python', USE_MODEL)}\n"
     base = str(get(record, "base", "name") or "BASE")
     r = number(get(record, "settings", "lora.r")) or 8
     labels = len(get(record, "data", "train", "labels") or ())

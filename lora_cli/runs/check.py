@@ -18,7 +18,7 @@ import numpy as np
 from torch import nn
 
 from lora_cli.budget.modules import biases_of, counted, of_tokens, whole_of, whole_paths
-from lora_cli.budget.params import budget_of
+from lora_cli.budget.params import budget_of, full_budget
 from lora_cli.data.chat_template import tokenized
 from lora_cli.data.duplicates import found_in
 from lora_cli.data.examples import SIDES, Array, Block, Examples
@@ -251,6 +251,8 @@ def prompts_are_those_of_inference(facts: Facts) -> str:
 
 
 def targets_are_found(facts: Facts) -> str:
+    if facts.recipe.training.full:
+        return f"every weight is trained: {sum(p.numel() for p in facts.model.parameters()):,} parameters"
     whole = whole_paths(facts.model, facts.recipe.lora.modules_to_save)
     paths = target_paths(facts.recipe, facts.model, whole)
     tokens = ids_of_tokens(facts.tokenizer, facts.recipe.lora.trainable_tokens)
@@ -268,29 +270,37 @@ def tokens_have_embeddings(facts: Facts) -> str:
 def the_disk_has_room(facts: Facts) -> str:
     """For the adapter and for as many checkpoints as are kept, with the one that is being written."""
     try:
-        whole = whole_paths(facts.model, facts.recipe.lora.modules_to_save)
-        paths = target_paths(facts.recipe, facts.model, whole)
+        one = _learned_bytes(facts)
     except ModelError:
         return "unknown until the targets are found"
+    what = "checkpoints and model" if facts.recipe.training.full else "checkpoints and adapter"
     output = Path(facts.recipe.output).resolve()
     there = next(path for path in (output, *output.parents) if path.exists())
     free = shutil.disk_usage(there).free
-    needed = (
-        adapter_bytes(facts.recipe, facts.model, paths, whole) * COPIES * (facts.recipe.training.keep_checkpoints + 1)
-    )
+    needed = one * COPIES * (facts.recipe.training.keep_checkpoints + 1)
     if free < needed:
         raise StorageError(
             Problem(
-                f"checkpoints and adapter need up to {_size(needed)}, and the disk has {_size(free)} free",
+                f"{what} need up to {_size(needed)}, and the disk has {_size(free)} free",
                 where=str(output),
                 fix="free some space, lower `training.keep_checkpoints`, or give another folder with `--out`",
             )
         )
-    return f"checkpoints and adapter need up to {_size(needed)} of {_size(free)} free"
+    return f"{what} need up to {_size(needed)} of {_size(free)} free"
+
+
+def _learned_bytes(facts: Facts) -> int:
+    """Of the adapter's file, or of a model's, in float32. Raises ModelError for targets without any module."""
+    if facts.recipe.training.full:
+        return full_budget(sum(p.numel() for p in facts.model.parameters())).adapter_bytes
+    whole = whole_paths(facts.model, facts.recipe.lora.modules_to_save)
+    return adapter_bytes(facts.recipe, facts.model, target_paths(facts.recipe, facts.model, whole), whole)
 
 
 def runtimes_take_it(facts: Facts) -> str:
     """What serves adapters, and what of this one it would not serve: before it is trained, and not after."""
+    if facts.recipe.training.full:
+        return "the result is a model of its own, as transformers writes it: there is no adapter to serve"
     try:
         subject = _served(facts)
     except ModelError:

@@ -9,7 +9,6 @@ import torch
 from accelerate import Accelerator
 
 from lora_cli.budget.gpus import gpu_of_device
-from lora_cli.budget.memory import base_bytes
 from lora_cli.budget.plan import Option
 from lora_cli.budget.shapes import shape_of
 from lora_cli.budget.speed import Rates
@@ -72,7 +71,7 @@ def decision(
             kind=_kind(device),
             longest=lengths.longest,
         )
-        loaded = 0 if model.device.type == "meta" else base_bytes(setup.shape, setup.quantize, dtype.itemsize)
+        loaded = 0 if model.device.type == "meta" else setup.weight_bytes
         room = _least(_free(device) + loaded, accelerator)
         found = decide(recipe, setup, lengths, Place(_kind(device), room, _rates(device), processes), packed=packed)
         return Decision(Layout(found.micro_batch, found.row_length), found.recompute, setup, found, room)

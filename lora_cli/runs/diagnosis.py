@@ -7,7 +7,7 @@ a run that diverged nobody needs to hear that it had too few steps.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from statistics import median
 from typing import Any, Literal, NamedTuple
@@ -141,12 +141,19 @@ def diagnose(history: History, record: Mapping[str, Any]) -> list[Finding]:
     for rule in RULES:
         finding = None if rule.name in silenced else rule.check(curves)
         if finding:
-            found.append(finding)
+            found.append(_that_can_be_tried(finding, curves))
             silenced |= rule.silences
     found.sort(key=lambda finding: finding.level != "problem")
     if not any(finding.level == "problem" for finding in found) and (good := _went_well(curves)):
         found.insert(0, good)
     return found
+
+
+def _that_can_be_tried(finding: Finding, c: Curves) -> Finding:
+    """Without settings of an adapter where none is trained."""
+    if c.setting("training.method") != "full":
+        return finding
+    return replace(finding, tries=tuple(change for change in finding.tries if not change.startswith("lora.")))
 
 
 def diverged(c: Curves) -> Finding | None:

@@ -75,6 +75,13 @@ class Comparison:
     adapters: Mapping[str, HeldOut]
     report: DataReport
     majority: Majority | None = None
+    tuned: HeldOut | None = None  # of a model whose every weight was trained
+
+    @property
+    def measured(self) -> dict[str, HeldOut]:
+        """All of them by name, the base first."""
+        alone = {"base": self.base, "tuned": self.tuned}
+        return {name: found for name, found in alone.items() if found} | dict(self.adapters)
 
 
 def load_resident(folders: Sequence[Path], model: Model | None, *, allow_base_mismatch: bool = False) -> Loaded:
@@ -165,6 +172,15 @@ def compare(loaded: Loaded, examples: Sequence[Example], report: DataReport) -> 
         with switched(loaded.model, adapter):
             adapted[name] = held_out_loss(task, examples, layout, accelerator, measure)
     return Comparison(base, adapted, report, majority_of(examples, loaded.labels) if loaded.labels else None)
+
+
+def compare_with_base(
+    loaded: Loaded, tuned: Path, model: Model, examples: Sequence[Example], report: DataReport
+) -> Comparison:
+    """Held-out loss of the base that is `loaded`, and then of the model that full fine-tuning made of it: a load each."""
+    found = compare(loaded, examples, report)
+    other = load_resident([], model.model_copy(update={"base": str(tuned), "revision": None}))
+    return replace(found, tuned=compare(other, examples, report).base)
 
 
 def majority_of(examples: Sequence[Example], labels: Sequence[str]) -> Majority:

@@ -5,6 +5,7 @@ Files of other versions, and those that were meddled with, give less; nothing he
 
 import json
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -83,9 +84,9 @@ def tiles(record: Mapping[str, Any], history: History) -> list[tuple[str, str, s
     if not held_out and (losses := history.curve("loss")):
         smooth = curve_lines("", "", losses)[-1].points
         tiles.append(("training loss", f"{smooth[-1][1]:.3f}", f"from {smooth[0][1]:.3f}"))
-    trainable, base = (number(get(record, "parameters", key)) for key in ("trainable", "base"))
-    if trainable and base:
-        tiles.append(("parameters", compact(trainable), f"{trainable / (trainable + base):.2%} are trained"))
+    trainable, total = parameters(record)
+    if trainable and total:
+        tiles.append(("parameters", compact(trainable), f"{trainable / total:.2%} are trained"))
     seconds = number(get(record, "result", "seconds")) or (history.curve("seconds") or [(0, 0.0)])[-1][1]
     if seconds:
         tiles.append(("time", duration(seconds), f"{history.last_step:,} steps"))
@@ -96,12 +97,25 @@ def tiles(record: Mapping[str, Any], history: History) -> list[tuple[str, str, s
     return tiles
 
 
+def parameters(record: Mapping[str, Any]) -> tuple[float, float]:
+    """Those that are trained, and all; a total of 0 where it is not known."""
+    trainable, base, total = (number(get(record, "parameters", key)) or 0 for key in ("trainable", "base", "total"))
+    return trainable, total or (base and base + trainable)
+
+
 def next_commands(folder: Path, record: Mapping[str, Any]) -> list[str]:
     """What to type now: to try the adapter, or to go on where the run did not come to its end."""
     if unfinished(record):
         words = last_command(record)
         ours = any(words[: len(start)] == list(start) for start in TRAINING)  # a record may come from a stranger
         return [inert(resuming(words)).replace("\n", " ")] if ours else []
+    if is_full(record):
+        base = shlex.quote(inert(str(get(record, "base", "name") or "BASE")))
+        return [
+            f"lora generate --base {folder} --prompt '…'",
+            f"lora eval {folder}/recipe.yaml",
+            f"lora extract --base {base} --tuned {folder} --r 16 --out adapter/",
+        ]
     tries = f"lora generate --adapter {folder} --prompt '…'"
     rest = [f"lora eval {folder}/recipe.yaml --adapter {folder}", f"lora merge --adapter {folder}"]
     return rest if objective(record) == "classify" else [tries, *rest]
@@ -109,6 +123,11 @@ def next_commands(folder: Path, record: Mapping[str, Any]) -> list[str]:
 
 def unfinished(record: Mapping[str, Any]) -> bool:
     return get(record, "result", "reason") in UNFINISHED
+
+
+def is_full(record: Mapping[str, Any]) -> bool:
+    """Whether every weight was trained: what was left is a model and no adapter."""
+    return get(record, "settings", "training.method") == "full"
 
 
 def last_command(record: Mapping[str, Any]) -> list[str]:
@@ -301,6 +320,7 @@ def _environment(record: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("tokenizer fingerprint", get(record, "tokenizer", "fingerprint")),
         ("data fingerprint", get(record, "data", "train", "fingerprint")),
         ("adapter SHA-256", get(record, "adapter", "sha256")),
+        ("model SHA-256", get(record, "model", "sha256")),
         *versions.items(),
         *(record.get("environment") if isinstance(record.get("environment"), Mapping) else {}).items(),
     ]

@@ -1,7 +1,7 @@
 """How a run spends its memory: what a recipe leaves `auto` is decided here, from shapes, rows and what is free. No torch."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,6 +62,9 @@ def setup_of(
         doubled=lora.init in TAKEN_OFF,
         logits_at_once=LOGITS_AT_ONCE[kind],
     )
+    if recipe.training.full:
+        inside = tuple(linear for linear in shape.linears if linear.path not in shape.head)
+        return Setup(shape, inside, replace(lora.config(), r=0), how, optimizer=recipe.training.optimizer, full=True)
     adapted = adapted_linears(shape, lora.targets, exclude=lora.exclude, layers=lora.layers)
     if other := [linear.path for linear in adapted if linear in shape.by_name]:
         what = f"there is no formula for the memory of {other[0]} under LoRA, which is no linear layer"

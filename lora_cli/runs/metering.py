@@ -69,7 +69,7 @@ def _predicted(decided: Decision, tensors: Tensors, *, alone: bool) -> int:
     if "documents" not in tensors and decided.layout.row_length:
         setup = replace(setup, how=replace(setup.how, masked=False))
     memory = step_memory(setup, batch, decided.recompute)
-    return memory.total - alone * memory.gradients
+    return max(memory.total - alone * memory.gradients, memory.standing)  # gradients come while activations go
 
 
 def _held(run: Run, optimizer: Optimizer) -> list[Tensor]:

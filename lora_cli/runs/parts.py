@@ -17,11 +17,13 @@ from lora_cli.lora.adapter import Adapter
 from lora_cli.lora.base_files import Fingerprint
 from lora_cli.lora.config import LoRAConfig
 from lora_cli.lora.identity import TokenizerFingerprint
+from lora_cli.lora.tuned import Tuned
 from lora_cli.models.base import Base
 from lora_cli.recipe.reader import LoadedRecipe
 from lora_cli.recipe.schema import Recipe
 from lora_cli.runs.decision import Decision
 from lora_cli.runs.folder import RunFolder
+from lora_cli.train.checkpoint import Learned
 from lora_cli.train.loop import Settings
 
 if TYPE_CHECKING:
@@ -60,7 +62,7 @@ class Run:
     tokenizer: "PreTrainedTokenizerBase"
     rows: Rows
     model: "PreTrainedModel"
-    config: LoRAConfig
+    config: LoRAConfig | None  # None where every weight is trained
     transposed: bool
     budget: Budget
     plan: Plan
@@ -68,7 +70,7 @@ class Run:
     decision: Decision
     dtype: torch.dtype
     accelerator: Accelerator
-    frozen: str  # digest of the frozen parameters, to prove that training left them alone
+    frozen: str  # digest of the base, to prove that training left it alone; or, where every weight is trained, that it did not
     start: Adapter | None = (
         None  # where the adapter completes a quantised base: its start, to be taken off on any other
     )
@@ -77,7 +79,9 @@ class Run:
     def recipe(self) -> Recipe:
         return self.loaded.recipe
 
-    def adapter(self) -> Adapter:
+    def learned(self) -> Learned:
         """A copy of what the model has learned so far."""
+        if self.config is None:
+            return Tuned.of(self.model)
         found = Adapter.of(self.model, self.config, self.fingerprint, self.rows.labels, self.tokens)
         return replace(found, completes=self.recipe.model.quantize) if self.start else found

@@ -16,7 +16,7 @@ from lora_cli.budget.speed import Rates
 from lora_cli.budget.step import Setup
 from lora_cli.data.sources import is_path
 from lora_cli.recipe.reader import LoadedRecipe
-from lora_cli.recipe.schema import Recipe, sources_of
+from lora_cli.recipe.schema import LoRA, Recipe, sources_of
 from lora_cli.runs.memory import (
     NUMBER,
     TYPICAL,
@@ -95,23 +95,26 @@ def plan(loaded: LoadedRecipe, *, gpu: str | None = None, gpus: int = 1, price: 
     return Plan(base, machine, gpus, lengths, counted, tokens or 1e6, tuple(make(*way) for way in _ways(recipe)))
 
 
-def _ways(recipe: Recipe) -> list[tuple[str, Recipe, bool]]:
-    """(name, recipe, whether every weight is trained): the recipe as it is, and what it is not, with nothing fixed."""
+def _ways(recipe: Recipe) -> list[tuple[str, Recipe]]:
+    """(name, recipe): the recipe as it is, and what it is not, with nothing fixed."""
     kinds = {"none": "LoRA 16 bit", "nf4": "QLoRA nf4", "int8": "LoRA int8"}
     open_ = {"micro_batch_size": "auto", "gradient_checkpointing": "auto"}
-    free = recipe.model_copy(update={"training": recipe.training.model_copy(update=open_)})
 
-    def stored(quantize: str) -> Recipe:
-        return free.model_copy(update={"model": recipe.model.model_copy(update={"quantize": quantize})})
+    def other(method: str, quantize: str = "none") -> Recipe:
+        changed = {
+            "model": recipe.model.model_copy(update={"quantize": quantize}),
+            "training": recipe.training.model_copy(update={**open_, "method": method}),
+        }
+        return recipe.model_copy(update=changed | ({"lora": LoRA()} if method == "full" else {}))
 
-    others = [(kinds[kind], stored(kind), False) for kind in ("none", "nf4") if kind != recipe.model.quantize]
-    return [(f"this recipe ({kinds[recipe.model.quantize]})", recipe, False), *others, ("full", stored("none"), True)]
+    own = "full" if recipe.training.full else kinds[recipe.model.quantize]
+    ways = {kinds["none"]: other("lora"), kinds["nf4"]: other("lora", "nf4"), "full": other("full")}
+    return [(f"this recipe ({own})", recipe), *((name, way) for name, way in ways.items() if name != own)]
 
 
 def _way(
     name: str,
     recipe: Recipe,
-    full: bool,
     *,
     base: MeasuredBase,
     machine: Machine,
@@ -120,7 +123,7 @@ def _way(
     gpus: int,
     price: float | None,
 ) -> Way:
-    setup = _setup(recipe, base, machine, lengths, full)
+    setup = _setup(recipe, base, machine, lengths)
     option = decide(recipe, setup, lengths, machine.place, packed=recipe.data.packing)
     least = decide(recipe, setup, lengths, replace(machine.place, room=0), packed=recipe.data.packing)
     rate = option.tokens_per_second * gpus if machine.timed else None
@@ -138,10 +141,10 @@ def _way(
     )
 
 
-def _setup(recipe: Recipe, base: MeasuredBase, machine: Machine, lengths: Lengths, full: bool) -> Setup:
+def _setup(recipe: Recipe, base: MeasuredBase, machine: Machine, lengths: Lengths) -> Setup:
     auto = "bfloat16" if machine.bfloat16 else "float32"
     dtype = auto if recipe.model.dtype == "auto" else recipe.model.dtype
-    setup = setup_of(
+    return setup_of(
         recipe,
         base.shape,
         number=NUMBER[dtype],
@@ -150,12 +153,6 @@ def _setup(recipe: Recipe, base: MeasuredBase, machine: Machine, lengths: Length
         kind=machine.place.kind,
         longest=lengths.longest,
     )
-    if not full:
-        return setup
-    inside = tuple(linear for linear in base.shape.linears if linear.path not in base.shape.head)
-    config = replace(setup.config, r=0, rank_pattern={}, use_dora=False, freeze_A=False)
-    how = replace(setup.how, dropout=0, use_dora=False, freeze_A=False, doubled=False)
-    return replace(setup, adapted=inside, config=config, how=how, full=True)
 
 
 def _rows(loaded: LoadedRecipe, base: MeasuredBase) -> tuple[Lengths, float | None]:

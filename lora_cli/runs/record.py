@@ -109,15 +109,16 @@ def opened(run: Run, resumed: Continuation | None) -> Record:
             "gradient_checkpointing": setting_of(run.decision.recompute),
             "memory": _memory(run.decision),
             "filled": _filled(run),
-            "scale": run.config.scale,
+            "scale": run.config.scale if run.config else None,
             "steps": run.plan.steps,
             "epoch_length": epoch_length(run.rows.train),
-            "targets": list(run.config.target_modules),
-            "modules_to_save": list(run.config.modules_to_save),
+            "targets": list(run.config.target_modules) if run.config else [],
+            "modules_to_save": list(run.config.modules_to_save) if run.config else [],
         },
         "parameters": {
             "trainable": run.budget.trainable,
             "base": run.budget.base,
+            "total": run.budget.total,
             "adapter_bytes": run.budget.adapter_bytes,
             "modules": [asdict(row) | {"parameters": row.parameters} for row in run.budget.rows],
             "whole": [asdict(module) for module in run.budget.whole],
@@ -134,15 +135,23 @@ def opened(run: Run, resumed: Continuation | None) -> Record:
     return redacted(found)
 
 
-def closed(record: Record, history: History, *, adapter: Adapter, proofs: list[str]) -> Record:
-    """The record of a run that came to its end."""
+def closed(record: Record, history: History, *, result: Mapping[str, object], proofs: list[str]) -> Record:
+    """The record of a run that came to its end; `result` says what it left, an `adapter` or a `model`."""
     finished = history.finished or {}
+    return (
+        _ended(record)
+        | {
+            "result": _result(history) | {key: finished.get(key) for key in ("step", "reason", "adapter_step")},
+            "proofs": proofs,
+        }
+        | result
+    )
+
+
+def described(adapter: Adapter) -> Record:
+    """An adapter as the record has it."""
     updates = {path: float(f"{norm:.4g}") for path, norm in adapter.updates().items()}
-    return _ended(record) | {
-        "result": _result(history) | {key: finished.get(key) for key in ("step", "reason", "adapter_step")},
-        "proofs": proofs,
-        "adapter": {"sha256": adapter.digest(), "parameters": adapter.parameters, "updates": updates},
-    }
+    return {"sha256": adapter.digest(), "parameters": adapter.parameters, "updates": updates}
 
 
 def broken_off(record: Record, history: History, why: Mapping[str, Any]) -> Record:
@@ -282,7 +291,7 @@ def _result(history: History) -> Record:
 def _ended(record: Record) -> Record:
     """The record, its last session ended now; of an end before this one nothing stays."""
     *earlier, session = record.get("sessions") or [{}]
-    kept = {key: value for key, value in record.items() if key not in ("result", "proofs", "adapter")}
+    kept = {key: value for key, value in record.items() if key not in ("result", "proofs", "adapter", "model")}
     return kept | {"sessions": [*earlier, session | {"ended": _now()}]}
 
 

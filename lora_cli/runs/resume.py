@@ -19,6 +19,7 @@ from lora_cli.data.encoder import tokenizer_fingerprint
 from lora_cli.data.examples import fingerprint
 from lora_cli.errors import DataError, ModelError, Problem, RecipeError, UserError
 from lora_cli.lora.peft_format import load_adapter
+from lora_cli.models.save import weights_digest
 from lora_cli.recipe.spelling import near
 from lora_cli.runs.parts import Run
 from lora_cli.train.checkpoint import Checkpoint, newest_checkpoint
@@ -50,6 +51,7 @@ FIXED = (
     "lora.trainable_tokens",
     "lora.init",
     "lora.modules_to_save",
+    "training.method",
     "training.objective",
     "training.optimizer",
 )
@@ -138,12 +140,14 @@ def shared(settings: Mapping[str, object]) -> dict[str, object]:
 
 
 def is_complete(run: Run, found: Continuation) -> bool:
-    """Whether the run came to its end with nothing changed since, and its adapter lies in the folder."""
+    """Whether the run came to its end with nothing changed since, and its adapter or its model lies in the folder."""
     record = run.folder.read_record()
     result, done = record.get("result", {}), found.checkpoint.progress.step
     if found.changed or result.get("reason") not in FINAL or result.get("step") != done:
         return False
     try:
+        if run.recipe.training.full:
+            return weights_digest(run.folder.path) == record["model"]["sha256"]
         return load_adapter(run.folder.path).digest() == record["adapter"]["sha256"]
     except UserError:
         return False

@@ -127,6 +127,8 @@ def can_join(runs: Sequence[Run]) -> None:
 
 def _alone(run: Run, first: Run) -> str | None:
     """Why a run can't share its forwards with the first one."""
+    if run.config is None:
+        return "every weight of the base is trained"
     base, weight = next(iter(run.model.parameters())), next(iter(first.model.parameters()))
     if base is not weight:
         return "they have different bases, or the same in different forms"

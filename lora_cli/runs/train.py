@@ -1,63 +1,57 @@
 """How a recipe becomes a trained adapter: its parts are made, handed to the loop, and what comes out is saved.
 
-prepare   recipe -> base, tokenizer, rows, model with LoRA layers, plan       everything that can fail early
+prepare   recipe -> base, tokenizer, rows, model and what of it is trained    everything that can fail early
 execute   those parts -> the loop's events, checkpoints on the way            `for event in execute(run): …`
-finish    -> PEFT's two files, tokenizer, run.json, page and card, read back and checked
+finish    -> PEFT's two files (or a model), tokenizer, run.json, page and card, read back and checked
 """
 
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import nn
 
-from lora_cli.budget.modules import biases_of, counted, of_tokens, whole_of, whole_paths
-from lora_cli.budget.params import Budget, Whole, budget_of
 from lora_cli.data.examples import Examples, sources_in
 from lora_cli.data.order import places, steps
 from lora_cli.data.pipeline import OnTokenized
 from lora_cli.data.types import Example, PromptForm
 from lora_cli.durable import draft_of, move_into, replace_file
-from lora_cli.errors import ModelError, Problem, RecipeError
+from lora_cli.errors import DivergedError, ModelError, Problem, RecipeError
 from lora_cli.evaluate.loss import held_out_loss
 from lora_cli.infer.generate import answer
 from lora_cli.lora.adapter import Adapter
 from lora_cli.lora.base_files import fingerprint
 from lora_cli.lora.completion import START, without_start
-from lora_cli.lora.config import CAUSAL_LM, SEQ_CLS, LoRAConfig
-from lora_cli.lora.inject import disabled, frozen_digest, inject, names_of_targets
+from lora_cli.lora.inject import disabled, frozen_digest
 from lora_cli.lora.peft_format import WEIGHTS, load_adapter, save_adapter
-from lora_cli.lora.targets import fused_notices, names_to_save
-from lora_cli.lora.weights import Weight, fan_in_fan_out, weights_of
+from lora_cli.lora.tuned import Tuned
 from lora_cli.models.attention import packs
 from lora_cli.models.base import resolve_base
-from lora_cli.models.identity import ids_of_tokens, tokenizer_identity
+from lora_cli.models.identity import tokenizer_identity
 from lora_cli.models.load import default_device, load_model, load_tokenizer, resolve_dtype
 from lora_cli.models.recompute import checkpoint_activations, setting_of
+from lora_cli.models.save import CONFIG as MODEL_CONFIG
+from lora_cli.models.save import check_saved, save_model, weights_digest
 from lora_cli.models.shared import LoadModel
 from lora_cli.objectives.table import MEASURES, OBJECTIVES
 from lora_cli.recipe.reader import LoadedRecipe, resolved_yaml
 from lora_cli.recipe.schema import Recipe, labels_of, objective_of, seconds_of
-from lora_cli.runs.check import check_rows, target_paths
+from lora_cli.runs.check import check_rows
 from lora_cli.runs.decision import decision
 from lora_cli.runs.folder import RunFolder
 from lora_cli.runs.history import INTERRUPTED, read_history
-from lora_cli.runs.kinds import tell_of_kinds
 from lora_cli.runs.metering import metered
 from lora_cli.runs.parts import Rows, Run
 from lora_cli.runs.proof_rows import write_proof_rows
-from lora_cli.runs.record import Record, closed, opened, write_record
+from lora_cli.runs.record import Record, closed, described, opened, write_record
 from lora_cli.runs.report import tell_end, told_if_broken_off, write_report
 from lora_cli.runs.resume import LAYOUT, Continuation, comparable, continuation, is_complete, shared
 from lora_cli.runs.rows import load_rows, new_head, planned
-from lora_cli.runs.start import start_from
-from lora_cli.runs.starts import beginning, with_ranks
+from lora_cli.runs.trained import every_weight, with_adapter
 from lora_cli.train import auto
-from lora_cli.train.checkpoint import folder_name, restore, save_checkpoint, set_damaged_aside
+from lora_cli.train.checkpoint import Learned, folder_name, load_learned, restore, save_checkpoint, set_damaged_aside
 from lora_cli.train.events import Complete, Event, Finished, Interrupted, OutOfMemory, Resumed, Started
 from lora_cli.train.layout import Layout
 from lora_cli.train.loop import Actions, Measured, Parts, Settings, train
@@ -78,13 +72,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
-
-# What `finish` has checked, or it would not have returned.
-PROOFS = [
-    "every value finite, some lora_B · lora_A not zero",
-    "frozen base unchanged",
-    "adapter read back equal to what was trained",
-]
 
 
 def prepare(
@@ -114,49 +101,27 @@ def prepare(
     check_rows(loaded, base, tokenizer, rows)
     training = recipe.training
     head = new_head(training, rows.labels, tokenizer.pad_token_id)
-    model = (load or load_model)(
+    model = (load_model if training.full else load or load_model)(  # what is trained can't be shared
         base,
-        dtype=dtype,
+        dtype=torch.float32 if training.full else dtype,
         quantize=recipe.model.quantize,
         attention=recipe.model.attention,
         device="cpu" if sharding else device,  # where the files are mapped: once for all processes of a machine
         head=head,
     )
-    whole = whole_paths(model, recipe.lora.modules_to_save)
-    begun = beginning(
-        recipe,
-        model,
-        target_paths(recipe, model, whole),
-        rows,
-        base=base.folder,
-        head=head,
-        resumed=folder.checkpoints if resume else None,
-    )
-    paths, lora = begun.paths, with_ranks(recipe.lora, begun.ranks)
-    for notice in fused_notices(recipe.lora.targets, paths):
-        log.info(notice)
-    weights = weights_of(model)
-    adapted = {path: weights[path] for path in paths}
-    tell_of_kinds(weights, adapted, recipe.lora)
-    biases = biases_of(model, lora.bias, paths, whole)
-    rows_of_tokens = of_tokens(model, lora.trainable_tokens)
-    budget = _budget(lora.config(), model, adapted, [*whole_of(model, whole), *rows_of_tokens], biases)
-    every_module = [name for name, _ in model.named_modules()]
-    target_modules, target_parameters = names_of_targets(model, paths)
-    tokens = ids_of_tokens(tokenizer, lora.trainable_tokens)
-    config = lora.config(
-        target_modules,
-        target_parameters=target_parameters,
-        modules_to_save=names_to_save(whole, every_module),
-        trainable_tokens=tokens,
-        task_type=SEQ_CLS if rows.labels else CAUSAL_LM,
-        base=base.name,
-        revision=base.revision,
-    )
-    inject(model, config, paths, whole=whole, init=begun.init, given=begun.given, seed=training.seed)
-    start = replace(Adapter.of(model, config), extras={}) if lora.init == "loftq" else None
-    if recipe.lora.start_from:
-        start_from(recipe, model, config, identity, base.folder, rows.labels)
+    if training.full:
+        trained = every_weight(model)
+    else:
+        trained = with_adapter(
+            model,
+            recipe,
+            base=base,
+            fingerprint=identity,
+            tokenizer=tokenizer,
+            rows=rows,
+            head=head,
+            resumed=folder.checkpoints if resume else None,
+        )
     if sharding:
         checkpoint_activations(model, auto.gradient_checkpointing(training, device))
         shard(model, sharding, device)
@@ -174,6 +139,9 @@ def prepare(
     )
     if not sharding:
         checkpoint_activations(model, decided.recompute)
+    frozen = frozen_digest(model)
+    if training.full:
+        model.requires_grad_(True)
     return Run(
         loaded=loaded,
         folder=folder,
@@ -183,16 +151,16 @@ def prepare(
         tokenizer=tokenizer,
         rows=rows,
         model=model,
-        config=config,
-        transposed=fan_in_fan_out(adapted.values()),
-        budget=budget,
+        config=trained.config,
+        transposed=trained.transposed,
+        budget=trained.budget,
         plan=planned(recipe, rows),
         settings=_settings(recipe, rows, decided.layout),
         decision=decided,
         dtype=dtype,
         accelerator=accelerator,
-        frozen=frozen_digest(model),
-        start=start,
+        frozen=frozen,
+        start=trained.start,
     )
 
 
@@ -245,33 +213,77 @@ def execute(
         tell_end(run.folder, {"reason": INTERRUPTED})
 
 
-def finish(run: Run, finished: Finished) -> Adapter | None:
+def finish(run: Run, finished: Finished) -> Learned | None:
     """Save the adapter, read it back, and write the run's record, its page and its card.
 
     What was there before stays until the adapter is whole. The first process writes, and returns it; all of them gather
     it, and look at what they have of the base. Raises for an adapter that does nothing or is not finite, for a base that
-    has changed, and for a file that differs from what was trained.
+    has changed, and for a file that differs from what was trained. With `training.method: full`, a model takes the
+    adapter's place.
     """
-    adapter = run.adapter()
-    if frozen_digest(run.model) != run.frozen:
+    learned = run.learned()
+    if not run.recipe.training.full and frozen_digest(run.model) != run.frozen:
         raise RuntimeError("the frozen base has changed during training")
-    return on_first(run.accelerator, lambda: _write_result(run, finished, adapter))
+    return on_first(run.accelerator, lambda: _write_result(run, finished, learned))
 
 
-def _write_result(run: Run, finished: Finished, adapter: Adapter) -> Adapter:
+def _write_result(run: Run, finished: Finished, learned: Learned) -> Learned:
     if finished.adapter_step != finished.step:
-        adapter = load_adapter(run.folder.checkpoints / folder_name(finished.adapter_step))
-    (without_start(adapter, run.start) if run.start else adapter).check_alive()
+        learned = load_learned(run.folder.checkpoints / folder_name(finished.adapter_step))
     draft = draft_of(run.folder.path / "result")
-    save_adapter(adapter, draft, transposed=run.transposed)
+    write, last, proofs = RESULTS[type(learned)]
+    written = write(run, learned, draft)
     run.tokenizer.save_pretrained(draft)
+    move_into(draft, run.folder.path, last=last)
+    history = read_history(run.folder.events)
+    write_record(run.folder, closed(run.folder.read_record(), history, result=written, proofs=proofs))
+    write_report(run.folder)
+    return learned
+
+
+def _write_adapter(run: Run, adapter: Adapter, draft: Path) -> dict[str, object]:
+    (without_start(adapter, run.start) if run.start else adapter).check_alive()
+    save_adapter(adapter, draft, transposed=run.transposed)
     write_proof_rows(draft, (row.input_ids for row in (run.rows.held_out or run.rows.train)))
     _check_same(adapter, load_adapter(draft), draft)
-    move_into(draft, run.folder.path, last=WEIGHTS)
-    history = read_history(run.folder.events)
-    write_record(run.folder, closed(run.folder.read_record(), history, adapter=adapter, proofs=PROOFS))
-    write_report(run.folder)
-    return adapter
+    return {"adapter": described(adapter)}
+
+
+def _write_model(run: Run, tuned: Tuned, draft: Path) -> dict[str, object]:
+    tuned.check_finite()
+    tuned.copy_into(run.model)  # perhaps of another step than the last
+    if frozen_digest(run.model.requires_grad_(False)) == run.frozen:
+        fix = "check that the run trained for a step and that its learning rate is above 0"
+        raise DivergedError(Problem("training has changed nothing: every weight is the base's", fix=fix))
+    save_model(run.model, run.base, draft)
+    check_saved(run.model, draft)
+    return {"model": {"sha256": weights_digest(draft), "parameters": tuned.parameters}}
+
+
+class Result(NamedTuple):
+    """How what was learned becomes files of the run folder, the one that makes the others count, and what is proved of them."""
+
+    write: Callable[[Run, Any, Path], dict[str, object]]  # -> what the record says of it
+    last: str
+    proofs: list[str]
+
+
+RESULTS: dict[type[Learned], Result] = {
+    Adapter: Result(
+        _write_adapter,
+        WEIGHTS,
+        [
+            "every value finite, some lora_B · lora_A not zero",
+            "frozen base unchanged",
+            "adapter read back equal to what was trained",
+        ],
+    ),
+    Tuned: Result(
+        _write_model,
+        MODEL_CONFIG,
+        ["every value finite, and some not the base's", "model read back by transformers equal to what was trained"],
+    ),
+}
 
 
 def _sinks(run: Run, record: Record, stack: ExitStack, *, resumed_at: int | None) -> list[Sink]:
@@ -313,7 +325,8 @@ def _parts(run: Run, asked_to_stop: Callable[[], bool], learn: Learn | None) -> 
 
 
 def _learning(run: Run) -> Learning:
-    task = Task(run.model, OBJECTIVES[objective_of(run.recipe.training).kind]).train()
+    products = run.dtype if run.recipe.training.full and run.dtype != torch.float32 else None
+    task = Task(run.model, OBJECTIVES[objective_of(run.recipe.training).kind], products=products).train()
     several = run.accelerator.num_processes > 1 and not is_sharded(run.model)
     return Learning(run.accelerator.prepare(task) if several else task, run.accelerator)
 
@@ -396,17 +409,17 @@ def _actions(run: Run, parts: Parts, progress: Progress, settings: Mapping[str, 
 
     def save(progress: Progress) -> str:
         # shards are gathered by all processes, and written by one
-        adapter = run.adapter()
+        learned = run.learned()
         state = optimizer_state(parts.optimizer, parts.parameters)
-        on_first(run.accelerator, lambda: write(progress, adapter, state))
+        on_first(run.accelerator, lambda: write(progress, learned, state))
         return str(run.folder.checkpoints)
 
-    def write(progress: Progress, adapter: Adapter, state: OptimizerState) -> None:
+    def write(progress: Progress, learned: Learned, state: OptimizerState) -> None:
         run.folder.check_ours()
         save_checkpoint(
             run.folder.checkpoints,
             progress,
-            adapter,
+            learned,
             state,
             settings=settings,
             transposed=run.transposed,
@@ -456,16 +469,6 @@ def _training_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
             )
         )
     return resolve_dtype(recipe.model.dtype, device)
-
-
-def _budget(
-    lora: LoRAConfig, model: nn.Module, adapted: Mapping[str, Weight], whole: list[Whole], biases: int
-) -> Budget:
-    """Counted on the real modules, before they are wrapped; a quantised base counts as the weights it stands for."""
-    packed = {id(weight.tensor): weight.numel for weight in weights_of(model).values()}
-    parameters = sum(packed.get(id(p), p.numel()) for p in model.parameters())
-    new = sum(module.parameters for module in whole if module.new)
-    return budget_of(counted(adapted), parameters - new, lora, whole, biases=biases)
 
 
 def _check_same(trained: Adapter, saved: Adapter, folder: Path) -> None:

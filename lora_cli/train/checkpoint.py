@@ -1,7 +1,8 @@
-"""Checkpoints: adapter, optimizer and progress in one folder that is either whole or not there. No pickle.
+"""Checkpoints: what is learned, optimizer and progress in one folder that is either whole or not there. No pickle.
 
     step-0000100/
-      adapter_config.json  adapter_model.safetensors     PEFT's files: a checkpoint can be evaluated or merged as it is
+      adapter_config.json  adapter_model.safetensors     PEFT's files: a checkpoint can be evaluated or merged as it is;
+                                                         with `training.method: full` model.safetensors, every weight
       optimizer.safetensors                              its tensors as `<parameter>/<state>`
       snapshot.safetensors                               where a spike would go back to; with `rewind_on_spike` alone
       state.json                                         progress, the recipe's settings, the rest of the optimizer
@@ -18,6 +19,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save
@@ -31,6 +33,8 @@ from lora_cli.lora.config import of_expert
 from lora_cli.lora.inject import lora_layers, trained_beside
 from lora_cli.lora.peft_format import CONFIG, WEIGHTS, adapter_files, load_adapter
 from lora_cli.lora.shards import put
+from lora_cli.lora.tuned import WEIGHTS as EVERY_WEIGHT
+from lora_cli.lora.tuned import Tuned
 from lora_cli.train.optim import OptimizerState, Parameters, restore_optimizer
 from lora_cli.train.progress import Progress
 from lora_cli.train.rewind import Snapshot
@@ -45,6 +49,8 @@ PREFIX = "step-"
 DAMAGED = ".damaged-"
 FACTORS, MOMENTS = "weights", "optimizer"  # what the tensors of a snapshot belong to
 
+Learned = Adapter | Tuned
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -56,7 +62,7 @@ class Checkpoint:
 def save_checkpoint(
     checkpoints: Path,
     progress: Progress,
-    adapter: Adapter,
+    learned: Learned,
     optimizer: OptimizerState,
     *,
     settings: Mapping[str, object],
@@ -70,10 +76,10 @@ def save_checkpoint(
     Returns its folder, whole and on the disk. Raises DivergedError for values that are not finite, and StorageError
     where the disk gives back something else; nothing has changed then.
     """
-    adapter.check_finite()
+    learned.check_finite()
     tensors, scalars = optimizer
     _check_finite(tensors)
-    contents = adapter_files(adapter, transposed=transposed) | {OPTIMIZER: save(tensors)}
+    contents = KINDS[type(learned)].files(learned, transposed) | {OPTIMIZER: save(tensors)}
     state = {"progress": progress.as_json(), "settings": dict(settings), "optimizer": scalars}
     if snapshot:
         contents[SNAPSHOT] = save(_snapshot_tensors(snapshot))
@@ -81,7 +87,7 @@ def save_checkpoint(
     contents[STATE] = _json(state)
     folder = checkpoints / folder_name(progress.step)
     if fault_of(folder) is not None:  # else it is there already: the state behind a step is one and the same
-        _write(folder, contents, lambda draft: _check_read_back(draft, contents, adapter, tensors))
+        _write(folder, contents, lambda draft: _check_read_back(draft, contents, learned, tensors))
     _rotate(checkpoints, keep, spare)
     return folder
 
@@ -108,19 +114,23 @@ def set_damaged_aside(checkpoints: Path) -> None:
 
 
 def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer, parameters: Parameters) -> Snapshot | None:
-    """Put a checkpoint's factors and optimizer state into a model whose LoRA layers are in place.
+    """Put what a checkpoint holds and its optimizer state into a model whose LoRA layers, if it has any, are in place.
 
     Returns the snapshot that it holds.
     """
-    adapter = load_adapter(checkpoint.folder)
-    _restore_layers(adapter, model)
-    _restore_extras(adapter, model)
+    learned = load_learned(checkpoint.folder)
+    KINDS[type(learned)].restore(learned, model)
     tensors = load_file(checkpoint.folder / OPTIMIZER)
     state = json.loads((checkpoint.folder / STATE).read_text())
     restore_optimizer(optimizer, parameters, tensors, state["optimizer"])
     if "snapshot" not in state:
         return None
     return _snapshot(load_file(checkpoint.folder / SNAPSHOT), state["snapshot"])
+
+
+def load_learned(folder: Path) -> Learned:
+    """What a checkpoint holds: an adapter, or every weight of a model."""
+    return KINDS[Tuned if (folder / EVERY_WEIGHT).is_file() else Adapter].load(folder)
 
 
 def fault_of(folder: Path) -> str | None:
@@ -130,7 +140,7 @@ def fault_of(folder: Path) -> str | None:
         listed = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"no readable {MANIFEST}"
-    if not {CONFIG, WEIGHTS, OPTIMIZER, STATE} <= set(listed):
+    if not any({*kind.names, OPTIMIZER, STATE} <= set(listed) for kind in KINDS.values()):
         return f"no readable {MANIFEST}"
     for name, (size, digest) in listed.items():
         file = folder / name
@@ -169,13 +179,13 @@ def _write(folder: Path, contents: Mapping[str, bytes], check: Callable[[Path], 
 
 
 def _check_read_back(
-    draft: Path, contents: Mapping[str, bytes], adapter: Adapter, tensors: Mapping[str, Tensor]
+    draft: Path, contents: Mapping[str, bytes], learned: Learned, tensors: Mapping[str, Tensor]
 ) -> None:
-    """The bytes are those in memory, and read as the factors and the optimizer state that they came from."""
+    """The bytes are those in memory, and read as the weights and the optimizer state that they came from."""
     if (
         any((draft / name).read_bytes() != content for name, content in contents.items())
         or fault_of(draft) is not None
-        or load_adapter(draft).digest() != adapter.digest()
+        or load_learned(draft).digest() != learned.digest()
         or not _same(load_file(draft / OPTIMIZER), tensors)
     ):
         fix = "check the disk; `--resume` continues from the checkpoint before"
@@ -224,6 +234,17 @@ def _aside(folder: Path) -> Path:
     return aside
 
 
+def _restore_adapter(adapter: Adapter, model: nn.Module) -> None:
+    _restore_layers(adapter, model)
+    _restore_extras(adapter, model)
+
+
+def _restore_weights(tuned: Tuned, model: nn.Module) -> None:
+    if {name: p.shape for name, p in model.named_parameters()} != {n: t.shape for n, t in tuned.weights.items()}:
+        raise ModelError(_of_another_recipe("weights are not those of this recipe's base"))
+    tuned.copy_into(model)
+
+
 def _restore_layers(adapter: Adapter, model: nn.Module) -> None:
     layers = lora_layers(model)
     if set(layers) != {of_expert(path)[0] for path in adapter.layers}:
@@ -249,6 +270,26 @@ def _restore_extras(adapter: Adapter, model: nn.Module) -> None:
         raise ModelError(_of_another_recipe("biases or modules trained whole are not those of this recipe"))
     for path, module in modules.items():
         module.load(adapter.extras[path])
+
+
+class Kind(NamedTuple):
+    """How a checkpoint holds what is learned: the files that must be there, what they are made of and read as."""
+
+    names: tuple[str, ...]
+    files: Callable[[Any, bool], dict[str, bytes]]
+    load: Callable[[Path], Learned]
+    restore: Callable[[Any, nn.Module], None]
+
+
+KINDS: dict[type[Learned], Kind] = {
+    Adapter: Kind(
+        (CONFIG, WEIGHTS),
+        lambda adapter, transposed: adapter_files(adapter, transposed=transposed),
+        load_adapter,
+        _restore_adapter,
+    ),
+    Tuned: Kind((EVERY_WEIGHT,), lambda tuned, _: tuned.files(), Tuned.load, _restore_weights),
+}
 
 
 def _of_another_recipe(what: str) -> Problem:

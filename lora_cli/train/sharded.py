@@ -83,6 +83,11 @@ def check_can_be_sharded(recipe: Recipe) -> None:
                 fix="use `training.optimizer: adamw`, whose state is sharded too",
             )
         )
+    if recipe.training.full:
+        what = (
+            "`training.method: full` is not sharded: it is there to compare LoRA with, on one device or with `--on ddp`"
+        )
+        problems.append(Problem(what, fix="use `--on ddp`, or `training.method: lora`"))
     if problems:
         raise RecipeError(*problems)
 

@@ -12,13 +12,17 @@ from lora_cli.objectives.base import Loss, Objective, without_graph
 
 
 class Task(nn.Module):
-    def __init__(self, model: nn.Module, objective: Objective) -> None:
+    """`products` is the type to multiply in where it is not that of the weights: of float32 masters, all of them trained."""
+
+    def __init__(self, model: nn.Module, objective: Objective, *, products: torch.dtype | None = None) -> None:
         super().__init__()
         self.model = model
         self.objective = objective
+        self.products = products
 
     def forward(self, batch: Batch) -> Loss:
-        return self.objective(self.model, batch)
+        with torch.autocast(batch["input_ids"].device.type, self.products, enabled=self.products is not None):
+            return self.objective(self.model, batch)
 
 
 class Learn(Protocol):

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from lora_cli.budget.activations import How
@@ -75,13 +77,15 @@ def test_what_is_computed_twice_takes_its_share_of_time():
     assert times == sorted(times)
 
 
-def test_full_fine_tuning_keeps_16_bytes_a_parameter_and_the_activations():
+@pytest.mark.parametrize(("number", "bytes_each"), [(4, 16), (2, 18)])
+def test_full_fine_tuning_keeps_masters_gradients_and_moments_and_what_narrow_products_read(number, bytes_each):
     llama = setup("Llama-3.2-1B")
-    full = Setup(llama.shape, llama.adapted, LoRAConfig(r=0, lora_alpha=1, target_modules=()), llama.how, full=True)
+    how, config = replace(llama.how, number=number), LoRAConfig(r=0, lora_alpha=1, target_modules=())
+    full = Setup(llama.shape, llama.adapted, config, how, full=True)
 
     memory = step_memory(full, Batch(1, 512, 512), 0)
 
-    assert memory.standing == 16 * llama.shape.parameters
+    assert memory.standing == bytes_each * llama.shape.parameters
     assert memory.activations > 0
 
 

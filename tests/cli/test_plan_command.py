@@ -32,7 +32,7 @@ def test_the_recipe_stands_beside_what_it_is_not(lora):
     assert [way["name"] for way in ways] == ["this recipe (QLoRA nf4)", "LoRA 16 bit", "full"]
     assert [way["fits"] for way in ways] == [True, True, False]
     weights = [way["memory"]["weights"] for way in ways]
-    assert weights[0] < weights[1] == weights[2]
+    assert weights[0] < weights[1] == weights[2] / 2  # float32 masters
     assert all(way["memory"]["needed"] > 0 for way in ways)
 
 
