@@ -177,6 +177,17 @@ def resumed_after(step: int, folder: Path, recipe: Path, lora: Callable, *argume
     lora("train", recipe, "--resume", *arguments)
 
 
+def trained_and_resumed(recipe: Path, out: Path, lora: Callable) -> tuple[dict, dict]:
+    """Train; what is learned must help, and be the same bytes after a stop at step 2. Returns both evaluations."""
+    lora("train", recipe)
+    first, last = events(out, "evaluated")
+    assert last["loss"] < first["loss"]
+    straight = adapter_bytes(out)
+    resumed_after(2, out, recipe, lora)
+    assert adapter_bytes(out) == straight
+    return first, last
+
+
 def free_port() -> int:
     with socket.socket() as opened:
         opened.bind(("127.0.0.1", 0))

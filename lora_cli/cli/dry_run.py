@@ -20,7 +20,7 @@ def show_dry_run(loaded: LoadedRecipe) -> None:
         modules_to_save=lora.modules_to_save,
         targets=lora.targets,
         bias=lora.bias,
-        tokens=lora.trainable_tokens,
+        tokens=lora.tokens_with_rows,
     )
     show("")
     if recipe.training.full:

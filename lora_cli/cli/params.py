@@ -86,7 +86,7 @@ def _answer(path: Path | None, model: str | None, given: dict[str, object], limi
         modules_to_save=lora.modules_to_save,
         targets=lora.targets,
         bias=lora.bias,
-        tokens=lora.trainable_tokens,
+        tokens=lora.tokens_with_rows,
     )
     paths = [module.module for module in base.whole]
     adapted = adapted_linears(base.shape, lora.targets, exclude=lora.exclude, layers=lora.layers, whole=paths)

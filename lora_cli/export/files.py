@@ -48,6 +48,7 @@ class Change:
     name: str
     edit: Edit | None = None
     transposed: bool = False
+    rows: int | None = None  # of the new tensor, where they are not as many as those of the stored one
 
 
 Changes = Mapping[str, Sequence[Change]]
@@ -63,7 +64,12 @@ class _Piece:
     dtype: str
     edit: Edit | None = None
     transposed: bool = False
+    rows: int | None = None
     new: Tensor | None = None  # what is written instead, where the source has no such tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.source.shape if self.rows is None else (self.rows, *self.source.shape[1:])
 
 
 def rewrite_weights(
@@ -176,7 +182,7 @@ def _check_written(file: Path, pieces: list["_Piece"]) -> None:
 def _pieces(name: str, tensor: StoredTensor, changes: Changes, dtype: torch.dtype | None) -> list[_Piece]:
     stored = DTYPE_NAMES[dtype] if dtype is not None and tensor.dtype in DTYPES else tensor.dtype
     return [
-        _Piece(change.name, tensor, stored, change.edit, change.transposed)
+        _Piece(change.name, tensor, stored, change.edit, change.transposed, change.rows)
         for change in changes.get(name, (Change(name),))
     ]
 
@@ -250,8 +256,11 @@ def _header(pieces: list[_Piece], metadata: Mapping[str, str]) -> bytes:
     header: dict = {"__metadata__": dict(metadata) or {"format": "pt"}}
     offset = 0
     for piece in pieces:
-        shape = list(piece.source.shape)
-        header[piece.name] = {"dtype": piece.dtype, "shape": shape, "data_offsets": [offset, offset + _size(piece)]}
+        header[piece.name] = {
+            "dtype": piece.dtype,
+            "shape": list(piece.shape),
+            "data_offsets": [offset, offset + _size(piece)],
+        }
         offset += _size(piece)
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -269,9 +278,9 @@ def _source_width(tensor: StoredTensor) -> int:
 
 def _size(piece: _Piece) -> int:
     """Bytes of the tensor as it is written."""
-    if piece.dtype == piece.source.dtype:
+    if piece.dtype == piece.source.dtype and piece.shape == piece.source.shape:
         return piece.source.end - piece.source.start
-    return DTYPES[piece.dtype].itemsize * torch.Size(piece.source.shape).numel()
+    return DTYPES[piece.dtype].itemsize * torch.Size(piece.shape).numel()
 
 
 def _write_index(folder: Path, out: Path, written: Mapping[str, tuple[str, int]]) -> None:

@@ -30,13 +30,15 @@ from lora_cli.export.files import (
     write_config,
 )
 from lora_cli.export.grid import Choice, Grid
-from lora_cli.export.names import Files, Others, Place, matrix_at, others, places, tables_in_files
+from lora_cli.export.names import Files, Others, Place, Table, matrix_at, others, places, tables_in_files
 from lora_cli.export.proof import Proof
 from lora_cli.export.staging import need_space, refuse_output, staged
 from lora_cli.limits import read_json
 from lora_cli.lora.adapter import Adapter, Factors
 from lora_cli.lora.base_files import Fingerprint, fingerprint, stored_tensors
 from lora_cli.lora.tokens import ROWS
+from lora_cli.lora.vocabulary import longer
+from lora_cli.models.base import read_config
 from lora_cli.models.heads import architecture, head_of
 from lora_cli.models.load import load_tokenizer, skeleton
 
@@ -155,7 +157,7 @@ def merge(
         need_space(draft, planned_bytes(base_folder, changes, dtype, added))
         size = rewrite_weights(base_folder, draft, changes, added=added, dtype=dtype, progress=progress)
         copy_side_files(base_folder, draft, tokenizer=tokenizer)
-        write_config(base_folder, draft, dtype=dtype, tied=tied, changed=_classifier(adapter, base_folder, draft))
+        write_config(base_folder, draft, dtype=dtype, tied=tied, changed=_changed(adapter, base_folder, draft, tables))
         report = MergeReport(
             out=out,
             base=base_name or adapter.config.base_model_name_or_path or base_folder.name,
@@ -260,17 +262,25 @@ def _beside(adapter: Adapter) -> tuple[str, ...]:
     return (*adapter.whole, *biases, *rows)
 
 
-def _of_tables(tables: Mapping[str, str], beside: Others, adapter: Adapter, tally: Tally) -> Changes:
+def _of_tables(tables: Iterable[Table], beside: Others, adapter: Adapter, tally: Tally) -> Changes:
     """What becomes of the tables of which some tokens' rows are trained; a tied head stays tied, and has them too."""
-    tokens = list(adapter.config.trainable_tokens)
-    edits = {path: partial(_with_rows, tokens=tokens, rows=adapter.extras[path][ROWS], tally=tally) for path in tables}
-    return {file: (Change(beside.renamed.get(file, file), edits[path]),) for path, file in tables.items()}
+    tokens, changes = list(adapter.config.trainable_tokens), {}
+    for table in tables:
+        rows = adapter.extras[table.path][ROWS] if table.path else None
+        edit = partial(_with_rows, count=table.rows, tokens=tokens, rows=rows, tally=tally)
+        name = beside.renamed.get(table.tensor, table.tensor)
+        changes[table.tensor] = (Change(name, edit, rows=table.rows),)
+    return changes
 
 
-def _with_rows(W: Tensor, dtype: torch.dtype, *, tokens: list[int], rows: Tensor, tally: Tally) -> Tensor:
-    tally.add(W[tokens], rows, dtype)
+def _with_rows(
+    W: Tensor, dtype: torch.dtype, *, count: int | None, tokens: list[int], rows: Tensor | None, tally: Tally
+) -> Tensor:
+    W = W if count is None else longer(W, count)
     new = W.to(dtype, copy=True)
-    new[tokens] = rows.to(dtype)
+    if rows is not None:
+        tally.add(W[tokens], rows, dtype)
+        new[tokens] = rows.to(dtype)
     return new
 
 
@@ -280,8 +290,19 @@ def _replaced(W: Tensor, dtype: torch.dtype, *, parts: Sequence[Place], exact: T
     return exact.to(dtype)
 
 
-def _classifier(adapter: Adapter, base: Path, draft: Path) -> dict[str, object]:
-    """What the config of a merged classifier says beside its base's: its class, its labels, its padding."""
+def _changed(adapter: Adapter, base: Path, draft: Path, tables: Iterable[Table]) -> dict[str, object]:
+    """What the config of a merged model says beside its base's: of more tokens, of a classifier."""
+    rows = next((table.rows for table in tables if table.rows), None)
+    return (_of_vocabulary(base, rows) if rows else {}) | _of_classifier(adapter, base, draft)
+
+
+def _of_vocabulary(base: Path, rows: int) -> dict[str, object]:
+    text = read_config(base).get("text_config")  # of a model that sees, too
+    return {"vocab_size": rows} if text is None else {"text_config": text | {"vocab_size": rows}}
+
+
+def _of_classifier(adapter: Adapter, base: Path, draft: Path) -> dict[str, object]:
+    """Its class, its labels, its padding."""
     head = head_of(adapter)
     if head is None:
         return {}

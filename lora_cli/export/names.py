@@ -22,6 +22,7 @@ from lora_cli.lora.adapter import Adapter
 from lora_cli.lora.base_files import StoredTensor, stored_tensors
 from lora_cli.lora.config import of_expert
 from lora_cli.lora.tokens import ROWS
+from lora_cli.lora.vocabulary import of_vocabulary
 from lora_cli.lora.weights import Weight, weights_of
 from lora_cli.models.heads import head_of, may_be_new
 from lora_cli.models.load import skeleton
@@ -123,18 +124,39 @@ def matrix_at(tensor: Tensor, part: Place) -> Tensor:
     return (tensor if part.number is None else tensor[part.number]).flatten(1)
 
 
-def tables_in_files(folder: Path, adapter: Adapter) -> dict[str, str]:
-    """The name in the files of each table of which tokens' rows are trained. Raises ModelError for one that they lack."""
+@dataclass(frozen=True)
+class Table:
+    """A tensor with a row for each token that a merge changes: it gets the trained rows of the table at `path`, where one
+    is named, and has so many `rows` afterwards, where they are more than before."""
+
+    tensor: str
+    path: str | None
+    rows: int | None
+
+
+def tables_in_files(folder: Path, adapter: Adapter) -> list[Table]:
+    """The tables of which tokens' rows are trained, and what else gets longer with them: a head, its bias.
+
+    Raises ModelError for a table that the files lack.
+    """
     if not adapter.tables:
-        return {}
-    model = skeleton(folder, head_of(adapter))
-    names = names_in_files(model, stored_tensors(folder))
-    found = {
-        path: place_of(model, f"{path}.weight", names, transposed=False, own_names=False) for path in adapter.tables
+        return []
+    model, stored = skeleton(folder, head_of(adapter)), stored_tensors(folder)
+    names, found = names_in_files(model, stored), []
+    trained = {id(model.get_submodule(path).weight): path for path in adapter.tables}
+    parameters = {
+        f"{path}.{name}": parameter
+        for path, module in of_vocabulary(model).items()
+        for name, parameter in module.named_parameters(recurse=False)
     }
-    if lost := [path for path, place in found.items() if place is None]:
-        raise ModelError(_missing(lost[0], folder))
-    return {path: place.tensor for path, place in found.items()}
+    for own in parameters.keys() & names.keys():
+        path, here = trained.get(id(parameters[own])), stored[names[own]].shape[0]
+        rows = adapter.vocabulary if adapter.vocabulary > here else None
+        if path or rows:
+            found.append(Table(names[own], path, rows))
+    if lost := set(adapter.tables) - {table.path for table in found}:
+        raise ModelError(_missing(min(lost), folder))
+    return found
 
 
 @dataclass(frozen=True)

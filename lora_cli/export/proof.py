@@ -164,7 +164,7 @@ def _prove(
     model = load_model(base, dtype=dtype, device=device, head=head)
     if grid:
         grid.put_on(model)
-    rows = _bounded(token_rows, vocabulary=model.get_input_embeddings().num_embeddings)
+    rows = _bounded(token_rows, model, adapter)
     adapter.inject_into(model)
     expected = _logits(model, rows)
     with disabled(model):
@@ -196,7 +196,7 @@ def compare_grids(
     """
     head = head_of(adapter)
     model = load_model(base, dtype=trained, quantize="nf4", device=device, head=head)
-    grid, rows = Grid.of(model, trained), _bounded(token_rows, model.get_input_embeddings().num_embeddings)
+    grid, rows = Grid.of(model, trained), _bounded(token_rows, model, adapter)
     adapter.inject_into(model)
     expected, costs = _logits(model, rows), {}
     del model
@@ -224,7 +224,7 @@ def prove_adapter(
     """
     dtype, head = compute_dtype(base.folder, device), head_of(adapter)
     model = load_model(base, dtype=dtype, device=device, head=head)
-    rows = _bounded(token_rows, vocabulary=model.get_input_embeddings().num_embeddings)
+    rows = _bounded(token_rows, model, adapter)
     alone = _logits(model, rows)
     with switched(model, adapter):
         expected = _logits(model, rows)
@@ -308,8 +308,9 @@ def _proof(
     )
 
 
-def _bounded(rows: list[list[int]], vocabulary: int) -> list[tuple[int, ...]]:
+def _bounded(rows: list[list[int]], model: nn.Module, adapter: Adapter) -> list[tuple[int, ...]]:
     """Different rows, whole: rows of one chat template begin alike, and what tells them apart comes late."""
+    vocabulary = max(model.get_input_embeddings().num_embeddings, adapter.vocabulary)
     rows = list(dict.fromkeys(tuple(row[:MOST_TOKENS]) for row in rows if row))[:MOST_ROWS]
     if not rows:
         raise DataError(Problem("the proof has no row with any token", fix="give rows with text with `--data`"))
@@ -361,8 +362,8 @@ def _stored_dtypes(merged: Path, base: Path, adapter: Adapter) -> dict[str, torc
     own = {of_expert(path)[0]: DTYPES[stored[parts[0].tensor].dtype] for path, parts in where}
     beside = others(base, adapter)
     whole = {name: place.updated for name, place in beside.placed.items()} | {name: name for name in beside.new}
-    tables = tables_in_files(base, adapter)
-    whole |= {f"{path}.{ROWS}": beside.renamed.get(file, file) for path, file in tables.items()}
+    tables = (table for table in tables_in_files(base, adapter) if table.path)
+    whole |= {f"{t.path}.{ROWS}": beside.renamed.get(t.tensor, t.tensor) for t in tables}
     return own | {name: DTYPES[written[file].dtype] for name, file in whole.items()}
 
 

@@ -18,6 +18,7 @@ from lora_cli.lora.inject import lora_layers, remove, trained_beside, wrap
 from lora_cli.lora.layer import LoRALayer, merged_weight
 from lora_cli.lora.shards import gathered
 from lora_cli.lora.tokens import ROWS, TrainedTokens
+from lora_cli.lora.vocabulary import make_room, rows_for
 from lora_cli.lora.weights import CONVOLUTION, EMBEDDING, EXPERTS, LINEAR, Weight, weights_of
 from lora_cli.lora.whole import State
 
@@ -128,6 +129,11 @@ class Adapter:
         return [path for path, state in self.extras.items() if set(state) == {ROWS}]
 
     @property
+    def vocabulary(self) -> int:
+        """How many rows a table has at least, to have those of the tokens that are trained."""
+        return rows_for(self.config.trainable_tokens) if self.tables else 0
+
+    @property
     def whole(self) -> list[str]:
         """The paths of the modules that are trained whole."""
         return [path for path in self.extras if path not in {*self.biases, *self.tables}]
@@ -137,8 +143,13 @@ class Adapter:
         return {path: abs(self.config.at(path).scale) * factors.norm() for path, factors in self.layers.items()}
 
     def inject_into(self, model: nn.Module) -> None:
-        """Put this adapter's layers into a model that has none. Raises ModelError for modules that don't fit."""
+        """Put this adapter's layers into a model that has none. Raises ModelError for modules that don't fit.
+
+        Tables that lack rows for its tokens get them, and keep them when it is taken out again.
+        """
         self.check_fits(model)
+        if self.tables:
+            make_room(model, self.config.trainable_tokens)
         paths = list(dict.fromkeys(of_expert(path)[0] for path in self.layers))
         wrap(model, replace(self.config, lora_dropout=0.0), paths, whole=self.whole)
         beside = trained_beside(model)

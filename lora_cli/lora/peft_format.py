@@ -24,7 +24,7 @@ from lora_cli.lora.base_files import PICKLES, Fingerprint, read_header, read_met
 from lora_cli.lora.biases import ALL, LORA_ONLY, NONE
 from lora_cli.lora.config import SEQ_CLS, LoRAConfig, of_expert
 from lora_cli.lora.identity import TokenizerFingerprint
-from lora_cli.lora.tokens import ROWS
+from lora_cli.lora.tokens import NAME, ROWS
 from lora_cli.lora.weights import CONVOLUTION, EMBEDDING
 
 log = logging.getLogger(__name__)
@@ -64,6 +64,8 @@ NOT_READ: Mapping[str, tuple] = {
 # With these, or a pattern as `target_modules`, names alone don't say which modules are meant: the file's own do.
 CHOOSES_OTHERWISE = ("exclude_modules", "layers_to_transform")
 COPIES = tuple(f".{name}.base_layer.weight" for name in ("embed_tokens", "lm_head"))
+FULL_TABLE = f".{NAME}.base_layer.weight"
+HEAD_IN_FULL = re.compile(re.escape(PREFIX) + r"[^.]+\.weight")  # heads stand outside of the base model
 PARTS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
 # What wrappers put into the names of a module's tensors, wherever they stand
 WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
@@ -190,10 +192,10 @@ def load_adapter(folder: Path) -> Adapter:
     biases = _biases({name: tensor for name, tensor in tensors.items() if name not in whole}, config.bias)
     extras |= {path: {"bias": tensor.to(torch.float32)} for path, (_, tensor) in biases.items()}
     whole |= {name for name, _ in biases.values()}
-    rows = sorted(name for name in tensors if config.trainable_tokens and name.endswith(f".{ROWS}"))
-    for name in rows:
-        extras[name.removeprefix(PREFIX).removesuffix(f".{ROWS}")] = {ROWS: tensors[name].to(torch.float32)}
-    whole |= set(rows)
+    others = {name: tensor for name, tensor in tensors.items() if name not in whole}
+    tables, used = _tables(others, config.trainable_tokens) if config.trainable_tokens else ({}, set())
+    extras |= {path: {ROWS: rows.to(torch.float32)} for path, rows in tables.items()}
+    whole |= used
     layers, forms = _layers({name: t for name, t in tensors.items() if name not in whole}, config, where=file)
     if any(found.get(key) for key in CHOOSES_OTHERWISE) or isinstance(found.get("target_modules"), str):
         config = replace(config, target_modules=tuple(path for path in layers if of_expert(path)[1] is None))
@@ -448,6 +450,25 @@ def _biases(tensors: Mapping[str, Tensor], bias: str) -> dict[str, tuple[str, Te
     names = [name for name in tensors if name.startswith(PREFIX) and name.endswith(".bias")]
     paths = [name.removeprefix(PREFIX).removesuffix(".bias").removesuffix(".base_layer") for name in names]
     return {path: (name, tensors[name]) for path, name in sorted(zip(paths, names, strict=True))}
+
+
+def _tables(tensors: Mapping[str, Tensor], tokens: Sequence[int]) -> tuple[dict[str, Tensor], set[str]]:
+    """The trained rows by table, and the names of all tensors that belong to tables.
+
+    Where the vocabulary was resized, PEFT saves the tables in full beside them. In that of a head which it did not train
+    stand the rows that new tokens were given at random; those of a tied head are the embedding's once more.
+    """
+    rows = {name.removesuffix(f".{ROWS}"): tensor for name, tensor in tensors.items() if name.endswith(f".{ROWS}")}
+    full = {name for name in tensors if name.endswith(FULL_TABLE) or HEAD_IN_FULL.fullmatch(name)}
+    used = full | {f"{path}.{ROWS}" for path in rows}
+    for name in filter(HEAD_IN_FULL.fullmatch, full):
+        if len(tensors[name]) > max(tokens):
+            rows[name.removesuffix(".weight")] = tensors[name][list(tokens)]
+    tied = [path for path in rows if HEAD_IN_FULL.fullmatch(f"{path}.weight")]
+    for path in tied:
+        if any(torch.equal(rows[path], other) for name, other in rows.items() if name != path):
+            del rows[path]
+    return {path.removeprefix(PREFIX): rows[path] for path in sorted(rows)}, used
 
 
 def _check_extras(extras: Mapping[str, Mapping[str, Tensor]], config: LoRAConfig, where: Path) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lora_cli.errors import ModelError, Problem
 from lora_cli.lora.shards import gathered, put
+from lora_cli.lora.vocabulary import mean_row
 
 NAME = "token_adapter"
 ROWS = f"{NAME}.trainable_tokens_delta"  # PEFT's name; what it holds are the rows themselves
@@ -95,6 +96,14 @@ def train_tokens(model: nn.Module, tokens: Sequence[int]) -> None:
         table.register_forward_hook(trained.move_logits if table is head else trained.move_looked_up)
         if head is not None and table is not head and head.weight is table.weight:
             head.register_forward_hook(trained.move_logits)
+
+
+@torch.no_grad()
+def begin_at_mean(model: nn.Module, new: Sequence[int]) -> None:
+    """Start the trained rows of new tokens at the mean of the rows of those that were there before them."""
+    for table in trained_tokens(model).values() if new else ():
+        at = torch.isin(table.tokens, torch.tensor(new, device=table.tokens.device))
+        table.rows[at] = mean_row(table.base.weight[: min(new)])
 
 
 def trained_tokens(model: nn.Module) -> dict[str, TrainedTokens]:

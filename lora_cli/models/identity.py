@@ -1,9 +1,7 @@
 """Whether a tokenizer is the one that an adapter was trained with: refused where ids differ, noted where the template does."""
 
-import difflib
 import hashlib
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -65,15 +63,3 @@ def check_tokenizer(
 
 def _hash(content: object) -> str:
     return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
-
-
-def ids_of_tokens(tokenizer: "PreTrainedTokenizerBase", tokens: Sequence[str]) -> tuple[int, ...]:
-    """The ids of `lora.trainable_tokens`, in their order. Raises ModelError for texts that are no single token."""
-    vocabulary = tokenizer.get_vocab()
-    if lost := [token for token in tokens if token not in vocabulary]:
-        special = [token for token in tokenizer.get_added_vocab() if token not in tokens]
-        near = difflib.get_close_matches(lost[0], special, n=5, cutoff=0.3) or special[-5:]
-        what = f"`lora.trainable_tokens` names `{lost[0]}`, which is no token of this tokenizer"
-        fix = f"use one that it has, such as {', '.join(near)}" if near else "use one that it has"
-        raise ModelError(Problem(what, fix=fix))
-    return tuple(sorted({vocabulary[token] for token in tokens}))

@@ -143,12 +143,23 @@ class LoRA(Block):
         "the rest of the table: special and reserved ones that the base has hardly seen.",
         examples=[["<|reserved_special_token_0|>"]],
     )
+    new_tokens: list[NonEmpty] = Field(
+        [],
+        description="Special tokens to add to the tokenizer; each gets a row in the embedding and in the head, which starts at "
+        "the mean of the others and is trained beside A and B.",
+        examples=[["<tool>", "</tool>"]],
+    )
     modules_to_save: list[NonEmpty] = Field(
         [],
         description="Modules trained whole beside the LoRA layers, by name or pattern: embeddings, the head, norms; "
         "they are in the adapter's file in full. The head of `objective: classify` is trained so by itself.",
         examples=[["lm_head"]],
     )
+
+    @property
+    def tokens_with_rows(self) -> list[str]:
+        """The tokens whose rows of the tables are trained."""
+        return [*self.trainable_tokens, *self.new_tokens]
 
     @property
     def effective_alpha(self) -> float:

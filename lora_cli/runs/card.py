@@ -187,10 +187,15 @@ def _use(record: Mapping[str, Any]) -> str:
     if labels:
         commands = f"lora eval --adapter . --data rows.jsonl        # accuracy and macro-F1\n{merge}"
     model, head = _task(record)[1], f", num_labels={labels}" if labels else ""
+    longer = (  # never shorter: many tables have rows to spare
+        "if len(tokenizer) > base.get_input_embeddings().num_embeddings:  # rows for the new tokens\n"
+        "    base.resize_token_embeddings(len(tokenizer))\n"
+    )
     python = (
         f"from peft import PeftModel\nfrom transformers import {model}, AutoTokenizer\n\n"
-        f'model = PeftModel.from_pretrained({model}.from_pretrained({_quoted(base)}{head}), ".")\n'
-        'tokenizer = AutoTokenizer.from_pretrained(".")'
+        f'base = {model}.from_pretrained({_quoted(base)}{head})\ntokenizer = AutoTokenizer.from_pretrained(".")\n'
+        f"{longer if listed(record, 'settings', 'lora.new_tokens') else ''}"
+        'model = PeftModel.from_pretrained(base, ".")'
     )
     return f"## Use\n\nIn this folder:\n\n{_fenced('sh', commands)}\n\n{_fenced('python', python)}\n"
 

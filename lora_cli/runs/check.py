@@ -31,16 +31,18 @@ from lora_cli.data.types import CHOSEN, REJECTED, BadRow, Conversation, Example,
 from lora_cli.errors import DataError, ModelError, Problem, RecipeError, SafetyError, StorageError, UserError
 from lora_cli.export.runtimes import RUNTIMES, TRAITS, Subject, Unserved, findings
 from lora_cli.lora.targets import check_patterns, choose_targets
-from lora_cli.lora.tokens import check_tokens
+from lora_cli.lora.tokens import check_tokens, tables
+from lora_cli.lora.vocabulary import make_room
 from lora_cli.lora.weights import weights_of
 from lora_cli.models.base import Base, resolve_base
-from lora_cli.models.identity import ids_of_tokens
-from lora_cli.models.load import by_name_alone, check_vocabulary, load_tokenizer, skeleton
+from lora_cli.models.heads import Head
+from lora_cli.models.load import by_name_alone, check_vocabulary, skeleton
+from lora_cli.models.tokens import ids_of_tokens
 from lora_cli.recipe.reader import LoadedRecipe
-from lora_cli.recipe.schema import Recipe, labels_of, objective_of, share_of, sources_of
+from lora_cli.recipe.schema import Recipe, objective_of, share_of, sources_of
 from lora_cli.runs.figures import Figures, figures_of
 from lora_cli.runs.parts import Rows
-from lora_cli.runs.rows import load_rows, new_head, planned, refuse_pairs
+from lora_cli.runs.rows import load_rows, new_head, planned, recipe_tokenizer, refuse_pairs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -122,12 +124,12 @@ def check(loaded: LoadedRecipe, progress: OnTokenized | None = None, *, runtimes
     base = _made("base", lambda: resolve_base(model.base, model.revision, weights=False), faults)
     if base is None:
         return Report(tuple(faults), None)
-    tokenizer = _made("tokenizer", lambda: load_tokenizer(base.folder, writes=labels_of(training) is None), faults)
+    tokenizer = _made("tokenizer", lambda: recipe_tokenizer(loaded.recipe, base.folder), faults)
     found = _made("rows", lambda: load_rows(loaded, tokenizer, progress, pairs=True), faults) if tokenizer else None
     if found:
         _made("objective", lambda: refuse_pairs(found.report), faults)
     head = new_head(training, found.labels if found else ())
-    model = _made("model", lambda: skeleton(base.folder, head), faults)
+    model = _made("model", lambda: _skeleton(loaded.recipe, base, head, tokenizer), faults)
     facts = Facts(loaded, tokenizer, found, model, tuple(runtimes))
     findings = (*faults, *_findings(facts))
     return Report(findings, figures_of(loaded.recipe, found, facts.model) if found else None)
@@ -136,15 +138,25 @@ def check(loaded: LoadedRecipe, progress: OnTokenized | None = None, *, runtimes
 def check_rows(loaded: LoadedRecipe, base: Base, tokenizer: "PreTrainedTokenizerBase", rows: Rows) -> None:
     """The checks on rows that are there already: raises what `check` would call a failure, and logs its warnings."""
     head = new_head(loaded.recipe.training, rows.labels)
-    model = _made(
-        "model", lambda: skeleton(base.folder, head), []
-    )  # without one, `prepare` finds out on the real model
+    # without one, `prepare` finds out on the real model
+    model = _made("model", lambda: _skeleton(loaded.recipe, base, head, tokenizer), [])
     findings = _findings(Facts(loaded, tokenizer, rows, model))
     if fails := [finding for finding in findings if finding.level == "fail"]:
         raise ERRORS[fails[0].code](*(finding.problem for finding in fails))
     for finding in findings:
         if finding.level == "warn":
             log.warning("%s; fix: %s", finding.what, finding.fix)
+
+
+def _skeleton(
+    recipe: Recipe, base: Base, head: Head | None, tokenizer: "PreTrainedTokenizerBase | None"
+) -> "PreTrainedModel":
+    """The base's modules, with room for the recipe's tokens."""
+    model = skeleton(base.folder, head)
+    if tokenizer is not None:
+        with suppress(ModelError):  # told of the targets
+            make_room(model, ids_of_tokens(tokenizer, recipe.lora.tokens_with_rows))
+    return model
 
 
 def target_paths(recipe: Recipe, model: "PreTrainedModel", whole: Sequence[str] = ()) -> list[str]:
@@ -255,10 +267,10 @@ def targets_are_found(facts: Facts) -> str:
         return f"every weight is trained: {sum(p.numel() for p in facts.model.parameters()):,} parameters"
     whole = whole_paths(facts.model, facts.recipe.lora.modules_to_save)
     paths = target_paths(facts.recipe, facts.model, whole)
-    tokens = ids_of_tokens(facts.tokenizer, facts.recipe.lora.trainable_tokens)
+    tokens = ids_of_tokens(facts.tokenizer, facts.recipe.lora.tokens_with_rows)
     if tokens:
         check_tokens(facts.model, tokens, [*paths, *whole])
-    beside = [*whole, *(found.module for found in of_tokens(facts.model, facts.recipe.lora.trainable_tokens))]
+    beside = [*whole, *(found.module for found in of_tokens(facts.model, facts.recipe.lora.tokens_with_rows))]
     return f"{len(paths):,} modules get an adapter" + (f", trained whole: {', '.join(beside)}" if beside else "")
 
 
@@ -338,7 +350,7 @@ def _served(facts: Facts) -> Subject:
     return Subject(
         config=config.with_rank_times(2) if facts.recipe.lora.init in SUBTRACTED else config,
         paths=paths,
-        whole=whole,
+        whole=[*whole, *(tables(facts.model) if facts.recipe.lora.tokens_with_rows else ())],
         tied=bool(base.tie_word_embeddings),
         model_type=base.model_type,
         kinds={weights[path].kind for path in paths},
@@ -441,7 +453,7 @@ def adapter_bytes(recipe: Recipe, model: nn.Module, paths: Sequence[str], whole:
     found = weights_of(model)
     adapted = counted({path: found[path] for path in paths})
     biases = biases_of(model, recipe.lora.bias, paths, whole)
-    beside = [*whole_of(model, whole), *of_tokens(model, recipe.lora.trainable_tokens)]
+    beside = [*whole_of(model, whole), *of_tokens(model, recipe.lora.tokens_with_rows)]
     return budget_of(adapted, 0, recipe.lora.config(), beside, biases=biases).adapter_bytes
 
 

@@ -162,10 +162,9 @@ def _rows(loaded: LoadedRecipe, base: MeasuredBase) -> tuple[Lengths, float | No
     here = all(is_path(source, loaded.path.parent) for source in sources_of(data.train))
     if not here or folder is None or not (folder / "tokenizer_config.json").is_file():
         return Lengths(data.max_length, data.max_length), None
-    from lora_cli.models.load import load_tokenizer
-    from lora_cli.runs.rows import load_rows, planned
+    from lora_cli.runs.rows import load_rows, planned, recipe_tokenizer
 
-    rows = load_rows(loaded, load_tokenizer(folder))
+    rows = load_rows(loaded, recipe_tokenizer(loaded.recipe, folder))
     lengths = lengths_of(rows.all)
     steps = planned(loaded.recipe, rows).steps
     return lengths, steps * loaded.recipe.training.global_batch_size * lengths.mean

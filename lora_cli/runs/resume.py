@@ -49,6 +49,7 @@ FIXED = (
     "lora.freeze_A",
     "lora.bias",
     "lora.trainable_tokens",
+    "lora.new_tokens",
     "lora.init",
     "lora.modules_to_save",
     "training.method",

@@ -15,6 +15,8 @@ from lora_cli.data.report import DataReport
 from lora_cli.data.sources import quote
 from lora_cli.errors import DataError, Problem
 from lora_cli.models.heads import Head
+from lora_cli.models.load import load_tokenizer
+from lora_cli.models.tokens import add_tokens
 from lora_cli.recipe.reader import LoadedRecipe
 from lora_cli.recipe.schema import NO_LABELS, Data, Recipe, Training, labels_of, share_of
 from lora_cli.runs.parts import Rows
@@ -24,6 +26,13 @@ if TYPE_CHECKING:
 
 Loaded = tuple[Examples, DataReport]
 NAMED = 5  # rows that a message names
+
+
+def recipe_tokenizer(recipe: Recipe, base: Path) -> "PreTrainedTokenizerBase":
+    """The base's tokenizer with the recipe's new tokens."""
+    tokenizer = load_tokenizer(base, writes=labels_of(recipe.training) is None)
+    add_tokens(tokenizer, recipe.lora.new_tokens)
+    return tokenizer
 
 
 def load_rows(

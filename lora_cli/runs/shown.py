@@ -14,12 +14,11 @@ from lora_cli.data.texts import token_texts
 from lora_cli.data.types import Example
 from lora_cli.errors import Problem, RecipeError
 from lora_cli.models.base import resolve_base
-from lora_cli.models.load import load_tokenizer, skeleton
+from lora_cli.models.load import skeleton
 from lora_cli.recipe.reader import LoadedRecipe
-from lora_cli.recipe.schema import labels_of
 from lora_cli.runs.figures import step_decision
 from lora_cli.runs.parts import Rows
-from lora_cli.runs.rows import load_rows, new_head, planned
+from lora_cli.runs.rows import load_rows, new_head, planned, recipe_tokenizer
 from lora_cli.train.layout import forward_rows
 
 if TYPE_CHECKING:
@@ -54,7 +53,7 @@ class Asked:
 def prepare_rows(loaded: LoadedRecipe, progress: OnTokenized | None = None) -> Prepared:
     model = loaded.recipe.model
     folder = resolve_base(model.base, model.revision, weights=False).folder
-    tokenizer = load_tokenizer(folder, writes=labels_of(loaded.recipe.training) is None)
+    tokenizer = recipe_tokenizer(loaded.recipe, folder)
     return Prepared(loaded, tokenizer, load_rows(loaded, tokenizer, progress, pairs=True))
 
 

@@ -129,6 +129,8 @@ def _alone(run: Run, first: Run) -> str | None:
     """Why a run can't share its forwards with the first one."""
     if run.config is None:
         return "every weight of the base is trained"
+    if trained_biases(run.model) or trained_tokens(run.model):
+        return "biases or rows of tokens are trained beside the layers"
     base, weight = next(iter(run.model.parameters())), next(iter(first.model.parameters()))
     if base is not weight:
         return "they have different bases, or the same in different forms"
@@ -136,8 +138,6 @@ def _alone(run: Run, first: Run) -> str | None:
         return "their rows are classified, each run by a head of its own"
     if whole_modules(run.model):
         return "modules are trained whole"
-    if trained_biases(run.model) or trained_tokens(run.model):
-        return "biases or rows of tokens are trained beside the layers"
     if other := next((p for p, layer in lora_layers(run.model).items() if not isinstance(layer, LoRALinear)), None):
         return f"{other} is no linear layer"
     if run.accelerator.num_processes > 1:

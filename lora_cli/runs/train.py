@@ -30,14 +30,14 @@ from lora_cli.lora.tuned import Tuned
 from lora_cli.models.attention import packs
 from lora_cli.models.base import resolve_base
 from lora_cli.models.identity import tokenizer_identity
-from lora_cli.models.load import default_device, load_model, load_tokenizer, resolve_dtype
+from lora_cli.models.load import default_device, load_model, resolve_dtype
 from lora_cli.models.recompute import checkpoint_activations, setting_of
 from lora_cli.models.save import CONFIG as MODEL_CONFIG
 from lora_cli.models.save import check_saved, save_model, weights_digest
 from lora_cli.models.shared import LoadModel
 from lora_cli.objectives.table import MEASURES, OBJECTIVES
 from lora_cli.recipe.reader import LoadedRecipe, resolved_yaml
-from lora_cli.recipe.schema import Recipe, labels_of, objective_of, seconds_of
+from lora_cli.recipe.schema import Recipe, objective_of, seconds_of
 from lora_cli.runs.check import check_rows
 from lora_cli.runs.decision import decision
 from lora_cli.runs.folder import RunFolder
@@ -48,7 +48,7 @@ from lora_cli.runs.proof_rows import write_proof_rows
 from lora_cli.runs.record import Record, closed, described, opened, write_record
 from lora_cli.runs.report import tell_end, told_if_broken_off, write_report
 from lora_cli.runs.resume import LAYOUT, Continuation, comparable, continuation, is_complete, shared
-from lora_cli.runs.rows import load_rows, new_head, planned
+from lora_cli.runs.rows import load_rows, new_head, planned, recipe_tokenizer
 from lora_cli.runs.trained import every_weight, with_adapter
 from lora_cli.train import auto
 from lora_cli.train.checkpoint import Learned, folder_name, load_learned, restore, save_checkpoint, set_damaged_aside
@@ -96,7 +96,7 @@ def prepare(
     with accelerator.local_main_process_first():
         base = resolve_base(recipe.model.base, recipe.model.revision)
     identity = fingerprint(base.folder)
-    tokenizer = load_tokenizer(base.folder, writes=labels_of(recipe.training) is None)
+    tokenizer = recipe_tokenizer(recipe, base.folder)
     rows = load_rows(loaded, tokenizer, progress)
     check_rows(loaded, base, tokenizer, rows)
     training = recipe.training

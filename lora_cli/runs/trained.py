@@ -15,10 +15,12 @@ from lora_cli.lora.base_files import Fingerprint
 from lora_cli.lora.config import CAUSAL_LM, SEQ_CLS, LoRAConfig
 from lora_cli.lora.inject import inject, names_of_targets
 from lora_cli.lora.targets import fused_notices, names_to_save
+from lora_cli.lora.tokens import begin_at_mean
+from lora_cli.lora.vocabulary import make_room
 from lora_cli.lora.weights import Weight, fan_in_fan_out, weights_of
 from lora_cli.models.base import Base
 from lora_cli.models.heads import Head
-from lora_cli.models.identity import ids_of_tokens
+from lora_cli.models.tokens import ids_of_tokens
 from lora_cli.recipe.schema import Recipe
 from lora_cli.runs.check import target_paths
 from lora_cli.runs.kinds import tell_of_kinds
@@ -62,6 +64,8 @@ def with_adapter(
 
     `resumed` are the checkpoints of the run that goes on, where one does. Raises ModelError for what does not fit the model.
     """
+    tokens = ids_of_tokens(tokenizer, recipe.lora.tokens_with_rows)
+    make_room(model, tokens)
     whole = whole_paths(model, recipe.lora.modules_to_save)
     targets = target_paths(recipe, model, whole)
     begun = beginning(recipe, model, targets, rows, base=base.folder, head=head, resumed=resumed)
@@ -72,7 +76,7 @@ def with_adapter(
     adapted = {path: weights[path] for path in paths}
     tell_of_kinds(weights, adapted, recipe.lora)
     biases = biases_of(model, lora.bias, paths, whole)
-    rows_of_tokens = of_tokens(model, lora.trainable_tokens)
+    rows_of_tokens = of_tokens(model, lora.tokens_with_rows)
     budget = _budget(lora.config(), model, adapted, [*whole_of(model, whole), *rows_of_tokens], biases)
     every_module = [name for name, _ in model.named_modules()]
     target_modules, target_parameters = names_of_targets(model, paths)
@@ -80,12 +84,13 @@ def with_adapter(
         target_modules,
         target_parameters=target_parameters,
         modules_to_save=names_to_save(whole, every_module),
-        trainable_tokens=ids_of_tokens(tokenizer, lora.trainable_tokens),
+        trainable_tokens=tokens,
         task_type=SEQ_CLS if rows.labels else CAUSAL_LM,
         base=base.name,
         revision=base.revision,
     )
     inject(model, config, paths, whole=whole, init=begun.init, given=begun.given, seed=recipe.training.seed)
+    begin_at_mean(model, ids_of_tokens(tokenizer, lora.new_tokens))
     start = replace(Adapter.of(model, config), extras={}) if lora.init == "loftq" else None
     if lora.start_from:
         start_from(recipe, model, config, fingerprint, base.folder, rows.labels)

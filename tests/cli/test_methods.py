@@ -7,7 +7,7 @@ import pytest
 import torch
 from layers import relative_difference
 from peft import PeftModel
-from running import adapter_bytes, events, hashes, lora_workers, resumed_after
+from running import adapter_bytes, events, hashes, lora_workers, resumed_after, trained_and_resumed
 from tiny import tiny_base
 from transformers import AutoModelForCausalLM
 
@@ -59,13 +59,7 @@ def test_a_method_goes_all_the_way(method, lora, recipe, tiny_llama, tmp_path):
     file = recipe(RUN | settings, base=base)
     quantize = settings.get("model.quantize", "none")
 
-    lora("train", file)
-    first, last = events(out, "evaluated")
-    assert last["loss"] < first["loss"]
-
-    straight = adapter_bytes(out)
-    resumed_after(2, out, file, lora)
-    assert adapter_bytes(out) == straight
+    first, last = trained_and_resumed(file, out, lora)
 
     measured = lora("eval", file, "--json").json
     if settings.get("lora.init") != "loftq":

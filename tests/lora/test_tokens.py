@@ -12,8 +12,8 @@ from lora_cli.lora.config import LoRAConfig
 from lora_cli.lora.inject import disabled, frozen_digest, inject, remove
 from lora_cli.lora.peft_format import load_adapter, save_adapter
 from lora_cli.lora.tokens import trained_tokens
-from lora_cli.models.identity import ids_of_tokens
 from lora_cli.models.logits import frozen_head
+from lora_cli.models.tokens import ids_of_tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
