@@ -131,7 +131,8 @@ def _repeats(figures) -> str:
     some = repeats.compared < figures.train + figures.held_out
     among = f" among the first {repeats.compared:,}" if some else ""
     text = f"{repeats.exact:,} exact, {repeats.near:,} near{among}"
-    return f"{text}: {', '.join(f'{row} ≈ {of}' for row, of in repeats.pairs)}" if repeats.pairs else text
+    named = (f"{row} {'=' if place < repeats.exact else '≈'} {of}" for place, (row, of) in enumerate(repeats.pairs))
+    return f"{text}: {', '.join(named)}" if repeats.pairs else text
 
 
 def _steps(figures) -> str:

@@ -247,18 +247,10 @@ class Renderer:
 
     def _all_is_read(self, talk: Conversation) -> None:
         """BadRow for tools, calls or reasoning that the template leaves out: the model would never see them."""
-        lost = []
-        if talk.tools and self._template(talk.messages, talk.tools) == self._template(talk.messages):
-            lost.append("tools")
-        for end, message in enumerate(talk.messages, 1):
-            for key in (key for key in MUST_BE_READ if key in message.fields):
-                fields = {name: value for name, value in message.fields.items() if name != key}
-                without = [*talk.messages[: end - 1], replace(message, fields=fields)]
-                if self._template(without, talk.tools) == self._template(talk.messages[:end], talk.tools):
-                    lost.append(key)
-        if lost:
-            fix = f"use a tokenizer whose template reads `{lost[0]}`, or take it out of the rows"
-            raise BadRow(f"the chat template leaves `{lost[0]}` out", fix=fix)
+        for key, with_it, without in _with_and_without(talk):
+            if self._asked(with_it) == self._asked(without):
+                fix = f"use a tokenizer whose template reads `{key}`, or take it out of the rows"
+                raise BadRow(f"the chat template leaves `{key}` out", fix=fix)
 
     def _conversation(self, messages: Sequence[Message], tools: Tools) -> list[tuple[list[int], list[float]]]:
         done: list[tuple[list[int], list[float]]] = []
@@ -405,6 +397,10 @@ class Renderer:
             )
 
     def _template(self, messages: Sequence[Message], tools: Tools = (), *, add_generation_prompt: bool = False) -> str:
+        return self._asked(Prompt(messages, tools, add_generation_prompt))
+
+    def _asked(self, prompt: Prompt) -> str:
+        """What the chat template makes of it."""
         if not self.has_template:
             raise ModelError(
                 Problem(
@@ -413,21 +409,35 @@ class Renderer:
                     fix="take the instruct variant of `model.base`, or bring the rows into the format `completion`",
                 )
             )
-        if foreseen := self._foreseen.get(Prompt(messages, tools, add_generation_prompt).key):
+        if foreseen := self._foreseen.get(prompt.key):
             return foreseen
-        return rendered(self.tokenizer, _plain(messages), tools, add_generation_prompt=add_generation_prompt)
+        messages, tools, asks = prompt
+        return rendered(self.tokenizer, _plain(messages), tools, add_generation_prompt=asks)
 
     def _decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def _prompts(talk: Conversation, train_on: str) -> Iterator[Prompt]:
-    """What is rendered for each answer, as far as it can be known."""
+    """What is rendered for each answer, and to see that all is read, as far as it can be known."""
+    for _, with_it, without in _with_and_without(talk):
+        yield from (with_it, without)
     with suppress(BadRow):  # `render` comes upon it too
         messages = CHOOSE[train_on](talk.messages)
         for end in (end for end, message in enumerate(messages, 1) if message.train and end > 1):
             yield Prompt(messages[: end - 1], talk.tools, True)
             yield Prompt(messages[:end], talk.tools, False)
+
+
+def _with_and_without(talk: Conversation) -> Iterator[tuple[str, Prompt, Prompt]]:
+    """(key, prompt, the same without what stands under the key) for all that a template must not leave out."""
+    if talk.tools:
+        yield "tools", Prompt(talk.messages, talk.tools, False), Prompt(talk.messages, (), False)
+    for end, message in enumerate(talk.messages, 1):
+        for key in (key for key in MUST_BE_READ if key in message.fields):
+            fields = {name: value for name, value in message.fields.items() if name != key}
+            without = [*talk.messages[: end - 1], replace(message, fields=fields)]
+            yield key, Prompt(talk.messages[:end], talk.tools, False), Prompt(without, talk.tools, False)
 
 
 def truncate(example: Example, max_length: int) -> Example:

@@ -15,6 +15,7 @@ import gzip
 import hashlib
 import io
 import json
+import logging
 import re
 import sys
 import zlib
@@ -498,6 +499,7 @@ def _hub(source: Source, gauge: Gauge) -> Iterator[tuple[RowId, Raw]]:
 def _dataset(source: Source) -> Any:
     import datasets
 
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of each try; the error tells of the last
     try:
         return datasets.load_dataset(source.source, name=source.config, split=source.split, revision=source.revision)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:

@@ -39,7 +39,8 @@ def parse_template(template: str) -> tuple[Part, ...]:
     if train:
         raise ValueError("text in which each `[[` is closed by a `]]`")
     if not any(part.train and part.is_field for part in parts):
-        raise ValueError("text with `[[…]]` around what is trained, such as `[[{answer}]]`")
+        last = next((part.text for part in reversed(parts) if part.is_field), "answer")
+        raise ValueError(f"text with `[[…]]` around what is trained, such as `[[{{{last}}}]]`")
     if not parts[-1].train:
         raise ValueError("text that ends with what is trained, for the end token is put behind it")
     return tuple(parts)

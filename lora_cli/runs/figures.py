@@ -36,7 +36,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Repeats:
-    """Examples that an earlier one makes superfluous, and the first of them with the earlier ones."""
+    """Examples that an earlier one makes superfluous, and the first of them, exact ones first, with the earlier ones."""
 
     exact: int
     near: int

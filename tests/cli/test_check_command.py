@@ -65,6 +65,15 @@ def test_json_is_one_document_with_findings_and_figures(lora, recipe):
     assert found["figures"]["steps"] == 4
 
 
+def test_equal_rows_are_told_from_those_that_are_almost_equal(lora, recipe, tmp_path):
+    said = " ".join(map(str, range(60)))
+    rows = [said, said, said + " 61", *(f"{n} {n + 1} {n + 2}" for n in range(200, 212))]
+    file = recipe({})
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in rows))
+
+    assert "1 exact, 1 near: train.jsonl:2 = train.jsonl:1, train.jsonl:3 ≈ train.jsonl:1" in lora("check", file).out
+
+
 def test_json_of_a_fault_is_one_document_too(lora, recipe):
     found = lora("check", recipe({"model.base": "./nowhere"}), "--json", code=4).json
 

@@ -518,3 +518,12 @@ def test_rows_that_were_foreseen_are_rendered_as_they_are_alone(train_on):
     renderer.foresee(items)
 
     assert [found(item) for item in items] == alone
+
+
+def test_what_a_row_with_tools_and_reasoning_asks_of_the_template_is_foreseen_whole(monkeypatch):
+    renderer = Renderer(tiny_tokenizer(CHATML, template=AGENT))
+    alone = renderer.render(WITH_TOOLS, ROW)
+    renderer.foresee([WITH_TOOLS])
+    monkeypatch.setattr("lora_cli.data.render.rendered", lambda *_, **__: pytest.fail("rendered by itself"))
+
+    assert renderer.render(WITH_TOOLS, ROW) == alone

@@ -104,7 +104,7 @@ ROW = {"": 1, "model": 2, "lora": 4, "data": 6, "training": 8}
          "for example `columns: {prompt: question, completion: answer}`"),
         # templates
         ("data", "template: 'a {b}'", 13,
-         "`data.template` must be text with `[[…]]` around what is trained, such as `[[{answer}]]`, not `a {b}`",
+         "`data.template` must be text with `[[…]]` around what is trained, such as `[[{b}]]`, not `a {b}`",
          "for example `template: Q {question} A [[{answer}]]`"),
         ("data", "template: '[[a {b]]'", 13, "`data.template` must be text whose fields are written `{name}`, and "
          "whose other braces are doubled, not `[[a {b]]`", "for example `template: Q {question} A [[{answer}]]`"),
