@@ -60,8 +60,8 @@ def measure(kind: str, file: Path, megabytes: float, tokenizer) -> None:
     first, (examples, report) = timed(load)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     again, _ = timed(load)
-    texts = list(batches(examples, tokenizer))
-    bare, _ = timed(lambda: [tokenizer(some, add_special_tokens=False, return_attention_mask=False) for some in texts])
+    each = [timed(bare_tokenizer(tokenizer, texts))[0] for texts in batches(examples, tokenizer)]
+    bare = Seconds(*map(sum, zip(*each, strict=True)))
     print(f"{kind}: {megabytes:.0f} MB, {report.rows:,} rows, {report.tokens:,} tokens, {os.cpu_count()} cores")
     for name, (clock, processors) in (("lora", first), ("lora, from the cache", again), ("tokenizer(batch)", bare)):
         print(
@@ -69,6 +69,10 @@ def measure(kind: str, file: Path, megabytes: float, tokenizer) -> None:
             f"{report.tokens / clock:12,.0f} tokens/s  {processors / bare.processors:5.2f} ×"
         )
     print(f"  memory at most         {memory:7.0f} MB")
+
+
+def bare_tokenizer(tokenizer, texts: list[str]):
+    return lambda: tokenizer(texts, add_special_tokens=False, return_attention_mask=False)
 
 
 def batches(examples, tokenizer) -> Iterator[list[str]]:
