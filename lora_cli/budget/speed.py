@@ -36,7 +36,7 @@ class Rates:
 def seconds(setup: Setup, batch: Batch, recompute: Recompute, rates: Rates) -> float:
     """Of one forward and backward. The optimizer's step is small beside it."""
     again = recomputed_share(setup, recompute)
-    products = _products(setup, batch, again) / (REACHED_FLOPS * rates.flops)
+    products = operations(setup, batch, again) / (REACHED_FLOPS * rates.flops)
     moved = _moved(setup, batch, again) / (REACHED_BANDWIDTH * rates.bandwidth)
     launched = setup.shape.blocks * LAUNCH_SECONDS * (1 + again / 3) if rates.launches else 0.0
     return max(products + moved, launched)
@@ -50,7 +50,7 @@ def recomputed_share(setup: Setup, recompute: Recompute) -> float:
     return sum(is_recomputed(i, recompute) for i in range(blocks)) / blocks
 
 
-def _products(setup: Setup, batch: Batch, again: float) -> float:
+def operations(setup: Setup, batch: Batch, again: float) -> float:
     """Floating-point operations: a frozen weight has no gradient of its own, so 2 a weight and token in each direction."""
     forward = 2 * (_block_weights(setup) + (0 if setup.full else setup.trained))
     own_gradients = 2 * setup.trained
