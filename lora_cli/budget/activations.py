@@ -56,6 +56,7 @@ class How:
     use_dora: bool = False
     freeze_A: bool = False  # B alone is trained: the inputs of adapters are not needed again
     doubled: bool = False  # the start of A and B is taken off again: twice the rank
+    widened: bool = False  # numbers of 16 bits are multiplied in float32: on a CPU without instructions for them
     logits_at_once: int | None = LOGITS_AT_ONCE["cuda"]  # a stretch of rows; None where the model makes all of them
 
 
@@ -88,11 +89,21 @@ class BlockMemory:
 
 
 def block_memory(
-    stretches: Sequence[Stretch], adapters: Mapping[str, Adapter], how: How, hidden: int, *, reached: bool
+    stretches: Sequence[Stretch],
+    adapters: Mapping[str, Adapter],
+    how: How,
+    hidden: int,
+    *,
+    reached: bool,
+    biased: bool = False,
 ) -> BlockMemory:
-    """`adapters` by the linear's path inside the block; `reached` tells whether a gradient comes through to its input."""
+    """`adapters` by the linear's path inside the block; `reached` tells whether a gradient comes through to its input.
+
+    Where its biases are trained, that of its first norm among them, a gradient comes through to what is behind that.
+    """
     whole, rest, flows, dry = Kept(), Kept(), reached, set[str]()
-    for stretch in stretches:
+    for i, stretch in enumerate(stretches):
+        flows = flows or (biased and i > 0)
         reading = [adapters[path] for path in stretch.inputs_of if path in adapters]
         shared = not stretch.inputs_of or (reading and not how.dropout and not how.freeze_A)
         token = stretch.token if flows else max(stretch.token, stretch.alone)

@@ -11,8 +11,9 @@ from functools import cached_property
 
 from lora_cli.budget.activations import Adapter, BlockMemory, How, Kept, block_memory, last_norm, stretches
 from lora_cli.budget.memory import FP32, base_bytes
-from lora_cli.budget.params import Budget, budget_of
+from lora_cli.budget.params import Budget, Whole, budget_of
 from lora_cli.budget.shapes import Linear, ModelShape
+from lora_cli.kernels.sizes import ENOUGH_ROWS
 from lora_cli.lora.config import LoRAConfig
 from lora_cli.lora.targets import layer_index
 from lora_cli.models.recompute import MLP, Recompute, is_recomputed
@@ -22,6 +23,7 @@ BYTES_A_LOGIT = 3 * FP32
 # Of a stretch: the logits, in whose place their gradient is made, beside it in the base's type; and the slope of a cap
 BYTES_IN_A_STRETCH, BYTES_OF_A_SLOPE = FP32, FP32
 GRADIENTS_AT_ONCE = 2
+INDEX = 8  # bytes of a number that says where to look
 # Bytes of state a trained parameter: two moments in float32, or in 8 bits with a scale a block of 256
 OPTIMIZER_BYTES = {"adamw": 8.0, "paged_adamw": 8.0, "adamw_8bit": 2.03, "paged_adamw_8bit": 2.03}
 
@@ -37,6 +39,8 @@ class Setup:
     quantize: str = "none"
     optimizer: str = "adamw"
     full: bool = False  # every weight is trained, and float32; `adapted` are then all linears, with r = 0
+    biases: int | None = None  # numbers trained in biases; None: those of `adapted`, where the config has them trained
+    tokens: int = 0  # whose rows are trained, in each table
 
     @property
     def trained(self) -> int:
@@ -49,7 +53,23 @@ class Setup:
 
     @cached_property
     def budget(self) -> Budget:
-        return budget_of(self.adapted, self.shape.parameters, self.config)
+        rows = [Whole("rows of tokens", self.rows_of_tokens, False)] if self.tokens else []
+        return budget_of(self.adapted, self.shape.parameters, self.config, rows, biases=self.biases)
+
+    @property
+    def tables(self) -> int:
+        """The embedding, and a head that has a table of its own."""
+        return 1 + any(not linear.tied for linear in self._heads)
+
+    @property
+    def rows_of_tokens(self) -> int:
+        """The numbers in them."""
+        width = next((linear.in_features for linear in self._heads), self.shape.hidden)
+        return self.tokens * self.tables * width
+
+    @property
+    def _heads(self) -> list[Linear]:
+        return [linear for linear in self.shape.linears if linear.path in self.shape.head]
 
     @cached_property
     def blocks(self) -> tuple[BlockMemory, ...]:
@@ -58,10 +78,12 @@ class Setup:
         for linear in self.adapted:
             adapter = Adapter(self.config.at(linear.path).r, linear.in_features, linear.out_features)
             by_block.setdefault(self._place(linear), {})[_inside(linear.path)] = adapter
-        first = min(by_block)
+        first = -1 if self.tokens else 0 if self.every_bias else min(by_block)
         parts = stretches(self.shape.model_type, self.shape.config, self.how)
         return tuple(
-            block_memory(parts, by_block.get(i, {}), self.how, self.shape.hidden, reached=i > first)
+            block_memory(
+                parts, by_block.get(i, {}), self.how, self.shape.hidden, reached=i > first, biased=self.every_bias
+            )
             for i in range(self.shape.blocks)
         )
 
@@ -73,13 +95,23 @@ class Setup:
 
     @property
     def in_stretches(self) -> bool:
-        """Whether the loss never has all logits: the head is a frozen matrix, and not in shards."""
+        """Whether the loss never has all logits: the head is a frozen matrix, and nothing moves what it gives."""
         adapted = any(linear.path in self.shape.head for linear in self.adapted)
-        return self.how.logits_at_once is not None and not self.full and not adapted
+        moved = self.tokens > 0 or (self.every_bias and any(linear.bias for linear in self._heads))
+        return self.how.logits_at_once is not None and not self.full and not adapted and not moved
+
+    @property
+    def every_bias(self) -> bool:
+        return self.config.bias == "all"
 
     @property
     def capped(self) -> bool:
         return bool(self.shape.config.get("final_logit_softcapping"))
+
+    @property
+    def lean(self) -> bool:
+        """Whether a linear with its adapter is one function."""
+        return not self.how.use_dora and self.quantize == "none" and not self.full
 
     @property
     def copied(self) -> int:
@@ -87,8 +119,7 @@ class Setup:
         one function a layer."""
         if self.how.number == FP32:
             return 0
-        lean = not self.how.use_dora and self.quantize == "none"
-        return self.how.number * (self.trained if self.full else 0 if lean else self.budget.stored)
+        return self.how.number * (self.trained if self.full else 0 if self.lean else self.budget.low_rank)
 
     @cached_property
     def widest(self) -> int:
@@ -152,9 +183,17 @@ def step_memory(setup: Setup, batch: Batch, recompute: Recompute) -> StepMemory:
 
 def _standing(setup: Setup) -> tuple[int, int, int, int]:
     """Weights, adapter, gradients, optimizer."""
-    trained, stored = setup.trained, 0 if setup.full else setup.budget.stored
+    trained = setup.trained
+    adapter = 0 if setup.full else FP32 * setup.budget.stored + _beside_rows(setup)
     state = round(OPTIMIZER_BYTES[setup.optimizer] * trained)
-    return setup.weight_bytes, FP32 * stored + setup.copied, FP32 * trained, state
+    return setup.weight_bytes, adapter + setup.copied, FP32 * trained, state
+
+
+def _beside_rows(setup: Setup) -> int:
+    """Where rows of tokens are trained: what they were at the start, and which row each token of a table has."""
+    if not setup.tokens:
+        return 0
+    return FP32 * setup.rows_of_tokens + INDEX * setup.tables * setup.shape.vocabulary
 
 
 def kept_bytes(setup: Setup, batch: Batch, recompute: Recompute) -> float:
@@ -176,24 +215,28 @@ def _again(block: BlockMemory, number: int, recompute: Recompute) -> Kept:
 
 def _behind_the_blocks(setup: Setup, batch: Batch) -> float:
     """The last norm's input, and of the loss the gradient of the states it reads: where the model makes all logits, the
-    log-probabilities come instead (`_logits`), and what a cap keeps of them.
+    log-probabilities come instead (`_logits`), and what a cap keeps of them. Rows of tokens keep what they are looked up
+    by, and the states that the head reads.
     """
     norm = last_norm(setup.shape.model_type, setup.shape.hidden, setup.how).of(batch.rows, batch.row_length)
     if setup.in_stretches:
         return norm + setup.how.number * setup.shape.hidden * batch.trained
     capped = setup.shape.vocabulary * batch.trained if setup.capped else 0
-    return norm + setup.how.number * capped
+    of_rows = setup.shape.hidden * batch.trained if setup.tokens else 0
+    return norm + setup.how.number * (capped + of_rows) + (INDEX * batch.tokens if setup.tokens else 0)
 
 
 def _logits(setup: Setup, batch: Batch) -> float:
     """While the loss is made: of a stretch, with the states that the head reads, and their gradient by it."""
-    logits = setup.shape.vocabulary * batch.trained
+    how, hidden, vocabulary = setup.how, setup.shape.hidden, setup.shape.vocabulary
     if not setup.in_stretches:
-        return BYTES_A_LOGIT * logits
-    narrow = setup.how.number if setup.how.number < FP32 else 0
+        return BYTES_A_LOGIT * vocabulary * batch.trained
+    rows = min(batch.trained, max(1, how.logits_at_once // vocabulary))
+    widened = how.widened and rows >= ENOUGH_ROWS
+    narrow = how.number if how.number < FP32 and not widened else 0
     a_logit = BYTES_IN_A_STRETCH + narrow + (BYTES_OF_A_SLOPE if setup.capped else 0)
-    states = 2 * setup.how.number * setup.shape.hidden * batch.trained
-    return a_logit * min(logits, max(setup.how.logits_at_once, setup.shape.vocabulary)) + states
+    copies = FP32 * hidden * (vocabulary + rows) if widened else 0  # of the head, and of a stretch's gradient
+    return a_logit * vocabulary * rows + copies + 2 * how.number * hidden * batch.trained
 
 
 def _backward(setup: Setup, block: BlockMemory, batch: Batch) -> float:
@@ -206,7 +249,19 @@ def _backward(setup: Setup, block: BlockMemory, batch: Batch) -> float:
     pairs = GRADIENTS_AT_ONCE * FP32 * block.probabilities * batch.row_length
     in_attention = narrow + pairs - (block.whole - block.without_mlp).token
     unpacked = 0 if setup.quantize == "none" else setup.how.number * setup.largest_weight
-    return batch.tokens * max(in_mlp, in_attention) + unpacked
+    return max(batch.tokens * max(in_mlp, in_attention) + unpacked, _widened(setup, batch, narrow))
+
+
+def _widened(setup: Setup, batch: Batch, narrow: int) -> float:
+    """Where products are made in float32: the gradients on both sides of the adapted linear that reads the widest vector,
+    and beside them its weight, or later its input with the gradient as it is handed on.
+    """
+    if not (setup.how.widened and setup.lean):
+        return 0.0
+    linear = max(setup.adapted, key=lambda linear: linear.in_features)
+    gradients = narrow + FP32 * (linear.in_features + linear.out_features)
+    later = (FP32 + setup.how.number) * linear.in_features
+    return batch.tokens * gradients + max(FP32 * linear.in_features * linear.out_features, batch.tokens * later)
 
 
 def _inside(path: str) -> str:

@@ -7,7 +7,7 @@ there both factors are widened for the product, which also rounds once instead o
 import torch
 from torch import Tensor
 
-ENOUGH_ROWS = 16  # for fewer, widening the weight costs more than the product
+from lora_cli.kernels.sizes import ENOUGH_ROWS
 
 
 def has_bfloat16(device: torch.device) -> bool:
@@ -21,8 +21,12 @@ def _cpu_has_bfloat16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
+def is_emulated(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether products of this type are made of others on this device."""
+    narrow = device.type == "cpu" and dtype in (torch.bfloat16, torch.float16)
+    return narrow and not (dtype == torch.bfloat16 and _cpu_has_bfloat16())
+
+
 def product_type(x: Tensor, rows: int) -> torch.dtype:
     """The type in which `rows` rows of x's type are multiplied."""
-    narrow = x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
-    emulated = narrow and not (x.dtype == torch.bfloat16 and _cpu_has_bfloat16())
-    return torch.float32 if emulated and rows >= ENOUGH_ROWS else x.dtype
+    return torch.float32 if rows >= ENOUGH_ROWS and is_emulated(x.dtype, x.device) else x.dtype

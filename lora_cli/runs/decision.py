@@ -15,6 +15,7 @@ from lora_cli.budget.speed import Rates
 from lora_cli.budget.step import Setup
 from lora_cli.data.examples import Examples
 from lora_cli.errors import ModelError
+from lora_cli.kernels.products import is_emulated
 from lora_cli.models.recompute import Recompute
 from lora_cli.recipe.schema import Recipe, labels_of
 from lora_cli.runs.memory import TYPICAL, Place, decide, free_host_memory, lengths_of, refuse_without_formula, setup_of
@@ -50,12 +51,14 @@ def decision(
     dtype: torch.dtype,
     device: torch.device,
     packed: bool,
+    biases: int | None = None,
     sharded: bool = False,
     accelerator: Accelerator | None = None,
 ) -> Decision:
     """Of a run over these examples; a model on the meta device stands for one that is still to be loaded.
 
-    What is trained beside adapters, and bases in shards, have no formula.
+    `biases` is how many numbers are trained in biases; None: those of the adapted linears, where the recipe has them
+    trained. Heads and modules that are trained whole, and bases in shards, have no formula.
     """
     lengths, processes = lengths_of(examples), accelerator.num_processes if accelerator else 1
     if sharded:
@@ -70,6 +73,8 @@ def decision(
             packed=packed,
             kind=_kind(device),
             longest=lengths.longest,
+            widened=is_emulated(dtype, device),
+            biases=biases,
         )
         loaded = 0 if model.device.type == "meta" else setup.weight_bytes
         room = _least(_free(device) + loaded, accelerator)

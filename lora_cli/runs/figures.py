@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
 
+from lora_cli.budget.modules import biases_of
 from lora_cli.data.duplicates import exact_duplicates, near_duplicates
 from lora_cli.data.examples import Array, Examples
 from lora_cli.data.order import steps
@@ -104,7 +105,7 @@ def histogram(lengths: Array, most: int) -> tuple[Bar, ...]:
 
 def step_decision(recipe: Recipe, examples: Examples, model: "PreTrainedModel") -> Decision:
     """What training on one device of this machine would take, if the model keeps packed rows apart."""
-    device = default_device()
+    device, bias = default_device(), recipe.lora.bias
     return decision(
         recipe,
         examples,
@@ -112,6 +113,7 @@ def step_decision(recipe: Recipe, examples: Examples, model: "PreTrainedModel") 
         dtype=resolve_dtype(recipe.model.dtype, device),
         device=device,
         packed=recipe.data.packing and labels_of(recipe.training) is None,
+        biases=biases_of(model, bias) if bias == "all" else None,
     )
 
 

@@ -47,9 +47,20 @@ def refuse_without_formula(recipe: Recipe) -> None:
 
 
 def setup_of(
-    recipe: Recipe, shape: ModelShape, *, number: int, attention: str, packed: bool, kind: str, longest: int
+    recipe: Recipe,
+    shape: ModelShape,
+    *,
+    number: int,
+    attention: str,
+    packed: bool,
+    kind: str,
+    longest: int,
+    widened: bool = False,
+    biases: int | None = None,
 ) -> Setup:
-    """What the recipe trains on this base, with numbers of so many bytes."""
+    """What the recipe trains on this base, with numbers of so many bytes, `widened` for products where the device has no
+    others; `biases` where it trains every bias there is.
+    """
     lora = recipe.lora
     window = shape.config.get("sliding_window")
     how = How(
@@ -60,18 +71,30 @@ def setup_of(
         use_dora=lora.use_dora,
         freeze_A=lora.freeze_A,
         doubled=lora.init in TAKEN_OFF,
+        widened=widened,
         logits_at_once=LOGITS_AT_ONCE[kind],
     )
     if recipe.training.full:
         inside = tuple(linear for linear in shape.linears if linear.path not in shape.head)
-        return Setup(shape, inside, replace(lora.config(), r=0), how, optimizer=recipe.training.optimizer, full=True)
+        return Setup(
+            shape, inside, replace(lora.config(), r=0, bias="none"), how, optimizer=recipe.training.optimizer, full=True
+        )
     adapted = adapted_linears(shape, lora.targets, exclude=lora.exclude, layers=lora.layers)
     if other := [linear.path for linear in adapted if linear in shape.by_name]:
         what = f"there is no formula for the memory of {other[0]} under LoRA, which is no linear layer"
         raise ModelError(
             Problem(what, fix="`lora check` and `lora params` read this recipe; memory is known once it runs")
         )
-    return Setup(shape, tuple(adapted), lora.config(), how, recipe.model.quantize, recipe.training.optimizer)
+    return Setup(
+        shape,
+        tuple(adapted),
+        lora.config(),
+        how,
+        recipe.model.quantize,
+        recipe.training.optimizer,
+        biases=biases,
+        tokens=len(set(lora.trainable_tokens)),
+    )
 
 
 def decide(recipe: Recipe, setup: Setup, lengths: Lengths, place: Place, *, packed: bool) -> Option:

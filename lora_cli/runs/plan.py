@@ -87,7 +87,8 @@ def plan(loaded: LoadedRecipe, *, gpu: str | None = None, gpus: int = 1, price: 
     """Of the recipe, on so many of the GPU named, or of this machine's device; `price` is of one GPU and hour."""
     recipe = loaded.recipe
     refuse_without_formula(recipe)
-    base = measure_base(recipe.model.base, recipe.model.revision, targets=recipe.lora.targets)
+    lora = recipe.lora
+    base = measure_base(recipe.model.base, recipe.model.revision, targets=lora.targets, bias=lora.bias)
     machine = _catalogued(find_gpu(gpu), gpus) if gpu else _this_machine(recipe, gpus)
     lengths, tokens = _rows(loaded, base)
     counted = tokens is not None
@@ -152,6 +153,8 @@ def _setup(recipe: Recipe, base: MeasuredBase, machine: Machine, lengths: Length
         packed=recipe.data.packing,
         kind=machine.place.kind,
         longest=lengths.longest,
+        widened=machine.place.kind == "cpu" and not (dtype == "float32" or (dtype == "bfloat16" and machine.bfloat16)),
+        biases=base.biases,
     )
 
 

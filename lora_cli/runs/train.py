@@ -134,6 +134,7 @@ def prepare(
         dtype=dtype,
         device=device,
         packed=packed,
+        biases=trained.budget.biases,
         sharded=sharding is not None,
         accelerator=accelerator,
     )

@@ -8,11 +8,13 @@ from tiny import tiny_model
 from torch import Tensor, nn
 
 from lora_cli.budget.activations import How
+from lora_cli.budget.modules import biases_of
 from lora_cli.budget.params import adapted_linears
 from lora_cli.budget.shapes import shape_of
 from lora_cli.budget.step import Batch, Setup
 from lora_cli.data.collate import collate
 from lora_cli.data.types import Example, RowId
+from lora_cli.kernels.products import is_emulated
 from lora_cli.kernels.sizes import LOGITS_AT_ONCE
 from lora_cli.lora.config import LoRAConfig
 from lora_cli.lora.inject import inject, linears
@@ -54,6 +56,7 @@ def tiny_step(
     if attention:
         model.set_attn_implementation(attention)
     shape = shape_of(json.loads(model.config.to_json_string()))
+    biases = biases_of(model, "all") if config.get("bias") == "all" else None
     lora = LoRAConfig(r=4, lora_alpha=4, target_modules=(), lora_dropout=dropout, **config)
     inject(model, lora, choose_targets(targets, list(linears(model)), head=head_paths(model)))
     checkpoint_activations(model.train(), recompute)
@@ -65,10 +68,12 @@ def tiny_step(
         masked=packed,
         dropout=dtype.itemsize if dropout else 0,
         use_dora=lora.use_dora,
+        widened=is_emulated(dtype, torch.device("cpu")),
         logits_at_once=LOGITS_AT_ONCE["cpu"],
         freeze_A=lora.freeze_A,
     )
-    setup = Setup(shape, tuple(adapted_linears(shape, targets)), lora, how)
+    adapted = tuple(adapted_linears(shape, targets))
+    setup = Setup(shape, adapted, lora, how, biases=biases, tokens=len(lora.trainable_tokens))
     return TinyStep(model, tensors, setup, Batch(ROWS, LENGTH, ROWS * tensors["positions"].numel()))
 
 

@@ -4,12 +4,14 @@ import pytest
 import torch
 from budget.steps import TinyStep, tiny_step
 from tiny import CONFIGS
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_cli.budget.activations import How
 from lora_cli.budget.bases import measure_base
 from lora_cli.budget.memory import base_bytes
 from lora_cli.budget.params import adapted_linears
 from lora_cli.budget.step import Batch, Setup, step_memory
+from lora_cli.kernels import products
 from lora_cli.lora.config import LoRAConfig
 from lora_cli.train.meter import measured
 
@@ -37,6 +39,52 @@ def test_the_predicted_peak_is_the_measured_one_within_5_percent(name, recompute
     predicted = step_memory(step.setup, step.batch, recompute).total
 
     assert predicted == pytest.approx(peak_bytes(step), rel=0.05)
+
+
+@pytest.mark.parametrize("hardware", [True, False], ids=["bf16 hardware", "widened"])
+@pytest.mark.parametrize("recompute", [0, 1])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "phi3", "gpt2", "gpt_neox", "opt", "falcon"])
+def test_in_16_bits_it_is_too_with_instructions_for_them_or_without(name, recompute, hardware, monkeypatch):
+    monkeypatch.setattr(products, "_cpu_has_bfloat16", lambda: hardware)
+    step = tiny_step(name, dtype=torch.bfloat16, packed=True, recompute=recompute)
+
+    predicted = step_memory(step.setup, step.batch, recompute).total
+
+    assert predicted == pytest.approx(peak_bytes(step), rel=0.05)
+    assert step.setup.how.widened != hardware
+
+
+@pytest.mark.parametrize("hardware", [True, False], ids=["bf16 hardware", "widened"])
+def test_the_head_and_the_weights_are_widened_one_at_a_time(hardware, monkeypatch):
+    """With weights that are large beside the batch, as those of real models are."""
+    monkeypatch.setattr(products, "_cpu_has_bfloat16", lambda: hardware)
+    large = {"hidden_size": 128, "intermediate_size": 400, "num_attention_heads": 4, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=3000, num_hidden_layers=2, **large)).to(torch.bfloat16)
+    step = tiny_step(model, dtype=torch.bfloat16, packed=True)
+
+    assert step_memory(step.setup, step.batch, 0).total == pytest.approx(peak_bytes(step), rel=0.05)
+
+
+BESIDE = [
+    ("llama", {"trainable_tokens": (3, 7)}),
+    ("llama-tied", {"trainable_tokens": (3, 7)}),
+    ("gpt2", {"trainable_tokens": (3,), "targets": "d"}),
+    ("gpt2", {"bias": "all"}),
+    ("gpt2", {"bias": "all", "targets": "d"}),
+    ("gpt_neox", {"bias": "all"}),
+    ("qwen2", {"bias": "all", "targets": "d"}),
+    ("qwen2", {"bias": "lora_only"}),
+]
+
+
+@pytest.mark.parametrize("recompute", [0, 1])
+@pytest.mark.parametrize(("name", "options"), BESIDE, ids=str)
+def test_biases_and_rows_of_tokens_are_counted_as_what_is_trained_and_as_what_they_keep(name, options, recompute):
+    step = tiny_step(name, packed=True, recompute=recompute, **options)
+
+    assert step.setup.trained == sum(p.numel() for p in step.trained)
+    assert step_memory(step.setup, step.batch, recompute).total == pytest.approx(peak_bytes(step), rel=0.05)
 
 
 @pytest.mark.parametrize("quantize", ["int8", "nf4"])

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from running import ROOT, events
+from tiny import tiny_base
 
 QLORA = ROOT / "configs" / "llama31-8b-qlora.yaml"
 
@@ -75,9 +76,20 @@ def test_an_unknown_gpu_is_a_usage_error(lora):
     assert "is no GPU of the catalogue" in lora("plan", QLORA, "--gpu", "RTX 4900", code=2).err
 
 
-def test_what_training_needs_is_what_was_planned_on_this_machine(lora, recipe, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("llama", {}),
+        ("llama", {"model.dtype": "bfloat16"}),
+        ("llama", {"lora.trainable_tokens": ["<s>", "<|im_end|>"]}),
+        ("gpt2", {"lora.bias": "all"}),
+    ],
+    ids=["float32", "bfloat16", "rows of tokens", "every bias"],
+)
+def test_what_training_needs_is_what_was_planned_on_this_machine(name, settings, lora, recipe, tmp_path):
     """Without packing, the run's longest batch has the shape that the plan names."""
-    file = recipe({"data.packing": False, "training.global_batch_size": 2, "training.micro_batch_size": 1})
+    fixed = {"data.packing": False, "training.global_batch_size": 2, "training.micro_batch_size": 1}
+    file = recipe(settings | fixed, base=tiny_base(tmp_path / "base", name))
     lora("train", file)
 
     [memory] = events(tmp_path / "out", "memory")
@@ -87,6 +99,10 @@ def test_what_training_needs_is_what_was_planned_on_this_machine(lora, recipe, t
     assert memory["measured_bytes"] == pytest.approx(memory["predicted_bytes"], rel=0.05)
     assert resolved["gradient_checkpointing"] is False
     assert resolved["memory"]["total"] >= memory["predicted_bytes"]
+    planned = lora("plan", file, "--json").json["ways"][0]["memory"]
+    assert {key: planned[key] for key in ("weights", "adapter", "gradients", "optimizer")} == {
+        key: resolved["memory"][key] for key in ("weights", "adapter", "gradients", "optimizer")
+    }
 
 
 @pytest.mark.parametrize("mode", ["true", "mlp", "2"])
