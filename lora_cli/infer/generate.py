@@ -1,4 +1,4 @@
-"""Prompts -> text: greedy answers of a model, several at a time."""
+"""Prompts -> text: greedy answers of a model, several at a time, those of like length together."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -29,32 +29,35 @@ def answer(
     `between` is called after each token; what it raises ends the answers. `together`: several processes hold shards of
     the model, so none stops before all have done.
     """
+    renderer = Renderer(tokenizer)
+    rows = {prompt: renderer.prompt_of(prompt, form) for prompt in prompts}
+    # the longest first: what is too long, or too much for the memory, shows at once
+    by_length = sorted(rows, key=lambda prompt: -len(rows[prompt]))
+    stop_ids, answers = _stop_ids(model, renderer.stop_ids(form)), {}
     training = model.training
     model.eval()
-    answers = {}
     try:
-        for i in range(0, len(prompts), batch_size):
-            batch = prompts[i : i + batch_size]
-            found = _generate(model, tokenizer, batch, form, max_new_tokens, between, together)
-            answers |= dict(zip(batch, found, strict=True))
+        for i in range(0, len(by_length), batch_size):
+            some = by_length[i : i + batch_size]
+            batch = [rows[prompt] for prompt in some]
+            found = _generate(model, tokenizer, batch, stop_ids, max_new_tokens, between, together)
+            answers |= dict(zip(some, found, strict=True))
     finally:
         model.train(training)
-    return answers
+    return {prompt: answers[prompt] for prompt in rows}
 
 
 def _generate(
     model,
     tokenizer,
-    prompts: Sequence[str],
-    form: PromptForm,
+    rows: Sequence[Sequence[int]],
+    stop_ids: list[int],
     max_new_tokens: int,
     between: Callable[[], None],
     together: bool,
 ) -> list[str]:
-    renderer = Renderer(tokenizer)
-    rows = [renderer.prompt_of(prompt, form) for prompt in prompts]
     width = max(map(len, rows))
-    ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(row)) + row for row in rows])
+    ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(row)) + list(row) for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
     with torch.no_grad():  # shards gathered in inference mode could not be trained with afterwards
         out = model.generate(
@@ -64,7 +67,7 @@ def _generate(
             do_sample=False,
             use_cache=True,
             pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=_stop_ids(model, renderer.stop_ids(form)),
+            eos_token_id=stop_ids,
             temperature=None,
             top_p=None,
             top_k=None,

@@ -4,6 +4,8 @@ import pytest
 import torch
 from tiny import CONFIGS, byte_tokenizer, tiny_model
 
+from lora_cli.data.render import Renderer
+from lora_cli.data.types import UNKNOWN_FORM
 from lora_cli.errors import ModelError
 from lora_cli.infer.generate import answer
 
@@ -18,6 +20,18 @@ def test_an_answer_does_not_depend_on_the_prompts_beside_it(name):
 
     assert together == {p: answer(model, tokenizer, [p], max_new_tokens=6)[p] for p in PROMPTS}
     assert together == answer(model, tokenizer, PROMPTS, max_new_tokens=6, batch_size=2)
+
+
+def test_prompts_of_like_length_are_answered_together_the_longest_first():
+    model, tokenizer = tiny_model("llama"), byte_tokenizer()
+    prompts, asked = ["mat", "the mat " * 9, "hat", "the cat " * 9], []
+    model.get_input_embeddings().register_forward_hook(lambda module, inputs, y: asked.append(tuple(inputs[0].shape)))
+
+    answers = answer(model, tokenizer, prompts, max_new_tokens=1, batch_size=2)
+
+    lengths = sorted((len(Renderer(tokenizer).prompt_of(prompt, UNKNOWN_FORM)) for prompt in prompts), reverse=True)
+    assert asked == [(2, lengths[0]), (2, lengths[2])]
+    assert list(answers) == prompts
 
 
 @pytest.mark.parametrize(("stop", "answered"), [([2, 10], ""), (10, ""), ([2], "tt"), (None, "tt")])

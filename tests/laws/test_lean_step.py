@@ -40,6 +40,9 @@ OTHERS = {
     "qwen3_moe": {**_SIZES, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 16},
     "gptj": {**_GPT, "bos_token_id": 1, "eos_token_id": 2},
 }
+# In float64 only the logits are float32, and both ways stand against each other. In float32 each is up to 1e-6 away from
+# the gradients in float64, and up to 2e-6 behind norms that divide by what is small here (gemma2, gemma3, olmo2)
+AGREE, AGREE_IN_FLOAT32 = 5e-7, 1.5e-6
 SOURCES = ["a.jsonl", "b.jsonl"]
 
 
@@ -53,6 +56,7 @@ def model_of(name: str, **config) -> torch.nn.Module:
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
+    model.config._experts_implementation = "eager"  # grouped products know no float64
     if getattr(model.config, "final_logit_softcapping", 0) is None:
         model.config.final_logit_softcapping = 3.0  # a cap that bends
     settings = {"r": 4, "lora_alpha": 6, "target_modules": ()} | config
@@ -91,14 +95,14 @@ def plain_step(model: torch.nn.Module, batch: dict, monkeypatch):
 
 
 def check_same(model: torch.nn.Module, batch: dict, monkeypatch) -> None:
-    total, by_source, gradients = step(model, batch)
-    of_plain, by_source_of_plain, plain = plain_step(model, batch, monkeypatch)
+    for dtype, agree in ((torch.float32, AGREE_IN_FLOAT32), (torch.float64, AGREE)):
+        total, by_source, gradients = step(model.to(dtype), batch)
+        of_plain, by_source_of_plain, plain = plain_step(model, batch, monkeypatch)
 
-    assert float(total) == pytest.approx(float(of_plain), rel=1e-6)
-    assert by_source.tolist() == pytest.approx(by_source_of_plain.tolist(), rel=1e-6)
-    assert gradients.keys() == plain.keys()
-    worst = max(relative_difference(gradients[name], plain[name]) for name in gradients)
-    assert worst <= 2e-6  # float32 sums in another order
+        assert float(total) == pytest.approx(float(of_plain), rel=AGREE)
+        assert by_source.tolist() == pytest.approx(by_source_of_plain.tolist(), rel=AGREE)
+        assert gradients.keys() == plain.keys()
+        assert max(relative_difference(gradients[name], plain[name]) for name in gradients) <= agree
 
 
 def test_every_architecture_whose_logits_are_made_in_stretches_is_tried_here():
