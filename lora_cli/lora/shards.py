@@ -4,8 +4,20 @@ All processes call these functions together; a tensor that is whole on this proc
 """
 
 import sys
+from collections.abc import Callable
+from typing import TypeVar
 
 from torch import Tensor
+
+T = TypeVar("T")
+
+
+class InShards:
+    """What a model whose parameters lie in shards can do beside (`train/sharded.py` makes it one)."""
+
+    def run(self, act: Callable[..., T], *arguments: object) -> T:
+        """As a forward of the model: what lies outside of its blocks is whole for as long as `act` is at work."""
+        return act(*arguments)
 
 
 def is_sharded(tensor: Tensor) -> bool:

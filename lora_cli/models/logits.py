@@ -8,11 +8,9 @@ themselves. tests/laws/test_lean_step.py holds every row to the model's own logi
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
 from lora_cli.kernels.cross_entropy import Head
-from lora_cli.kernels.products import ENOUGH_ROWS, product_type
 from lora_cli.lora.shards import is_sharded
 
 if TYPE_CHECKING:
@@ -33,18 +31,12 @@ def frozen_head(model: "PreTrainedModel") -> Head | None:
     """What makes the logits of `last_hidden`; None where the model has to make them itself."""
     keys = ARCHITECTURES.get(model.config.model_type)
     layer = model.get_output_embeddings()
-    if keys is None or type(layer) is not nn.Linear or layer.weight.requires_grad or _in_shards(layer.weight):
+    if keys is None or type(layer) is not nn.Linear or layer.weight.requires_grad or is_sharded(layer.weight):
         return None
     if layer._forward_hooks:  # its bias, or the rows of some tokens, are trained
         return None
     times, by, cap = (_value(model.config, key) for key in keys)
     return Head(layer.weight, layer.bias, (times or 1.0) / (by or 1.0), cap)
-
-
-def _in_shards(weight: Tensor) -> bool:
-    """Or beside processes whose losses must be those of shards: where a CPU emulates narrow products, ours round less."""
-    emulated = product_type(weight, ENOUGH_ROWS) != weight.dtype
-    return is_sharded(weight) or (emulated and torch.distributed.is_initialized())
 
 
 def last_hidden(model: "PreTrainedModel", **inputs: object) -> Tensor:

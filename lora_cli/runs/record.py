@@ -29,6 +29,7 @@ from lora_cli.data.types import UNKNOWN_FORM, Example, PromptForm
 from lora_cli.durable import can_sync
 from lora_cli.errors import UserError
 from lora_cli.lora.adapter import Adapter
+from lora_cli.lora.shards import InShards
 from lora_cli.models.recompute import setting_of
 from lora_cli.recipe.reader import read_recipe, value_of
 from lora_cli.recipe.schema import keys, share_of, sources_of
@@ -41,7 +42,6 @@ from lora_cli.runs.lock import command
 from lora_cli.runs.parts import Run
 from lora_cli.runs.resume import Continuation, installed
 from lora_cli.train.layout import filled
-from lora_cli.train.sharded import is_sharded
 
 LIBRARIES = (
     "lora-cli",
@@ -104,7 +104,7 @@ def opened(run: Run, resumed: Continuation | None) -> Record:
             "dtype": str(run.dtype).removeprefix("torch."),
             "device": str(run.accelerator.device),
             "processes": run.accelerator.num_processes,
-            "sharded": is_sharded(run.model),
+            "sharded": isinstance(run.model, InShards),
             **asdict(run.settings.layout),  # micro_batch_size; row_length where rows are packed
             "gradient_checkpointing": setting_of(run.decision.recompute),
             "memory": _memory(run.decision),

@@ -26,6 +26,7 @@ from lora_cli.lora.base_files import fingerprint
 from lora_cli.lora.completion import START, without_start
 from lora_cli.lora.inject import disabled, frozen_digest
 from lora_cli.lora.peft_format import WEIGHTS, load_adapter, save_adapter
+from lora_cli.lora.shards import InShards
 from lora_cli.lora.tuned import Tuned
 from lora_cli.models.attention import packs
 from lora_cli.models.base import resolve_base
@@ -56,12 +57,13 @@ from lora_cli.train.events import Complete, Event, Finished, Interrupted, OutOfM
 from lora_cli.train.layout import Layout
 from lora_cli.train.loop import Actions, Measured, Parts, Settings, train
 from lora_cli.train.memory import StartAgain
-from lora_cli.train.optim import OptimizerState, make_optimizer, make_schedule, optimizer_state
+from lora_cli.train.optim import OptimizerState, make_optimizer, optimizer_state
 from lora_cli.train.parallel import agree, local_rank, make_accelerator, on_first
 from lora_cli.train.progress import Progress
 from lora_cli.train.ranks import Ranks
 from lora_cli.train.rewind import Rewind
-from lora_cli.train.sharded import check_can_be_sharded, is_sharded, shard, sharded_modules
+from lora_cli.train.schedule import make_schedule
+from lora_cli.train.sharded import check_can_be_sharded, shard, sharded_modules
 from lora_cli.train.sharding import Sharding, asked_for
 from lora_cli.train.sinks import Sink, open_sinks
 from lora_cli.train.task import Learn, Learning, Task
@@ -320,7 +322,7 @@ def _parts(run: Run, asked_to_stop: Callable[[], bool], learn: Learn | None) -> 
         schedule=make_schedule(training, run.plan.steps),
         settings=run.settings,
         accelerator=run.accelerator,
-        ranks=Ranks(run.accelerator, asked_to_stop, sharded=is_sharded(run.model)),
+        ranks=Ranks(run.accelerator, asked_to_stop, sharded=isinstance(run.model, InShards)),
         rewind=Rewind() if training.rewind_on_spike else None,
     )
 
@@ -328,7 +330,7 @@ def _parts(run: Run, asked_to_stop: Callable[[], bool], learn: Learn | None) -> 
 def _learning(run: Run) -> Learning:
     products = run.dtype if run.recipe.training.full and run.dtype != torch.float32 else None
     task = Task(run.model, OBJECTIVES[objective_of(run.recipe.training).kind], products=products).train()
-    several = run.accelerator.num_processes > 1 and not is_sharded(run.model)
+    several = run.accelerator.num_processes > 1 and not isinstance(run.model, InShards)
     return Learning(run.accelerator.prepare(task) if several else task, run.accelerator)
 
 
@@ -403,7 +405,7 @@ def _actions(run: Run, parts: Parts, progress: Progress, settings: Mapping[str, 
             training.sample_prompts,
             form=form,
             between=between,
-            together=is_sharded(run.model),
+            together=isinstance(run.model, InShards),
         )
         ranks.go_on()
         return answers

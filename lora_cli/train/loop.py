@@ -38,11 +38,12 @@ from lora_cli.train.events import (
 )
 from lora_cli.train.layout import Layout, Rows, examples_of, micro_batches
 from lora_cli.train.memory import StartAgain, free_memory, rehearsed, smaller
-from lora_cli.train.optim import Parameters, Schedule, set_learning_rate
+from lora_cli.train.optim import Parameters, set_learning_rate
 from lora_cli.train.parallel import sum_gradients
 from lora_cli.train.progress import Progress
 from lora_cli.train.ranks import MemoryShort, Ranks, Stopped
 from lora_cli.train.rewind import Rewind
+from lora_cli.train.schedule import Schedule
 from lora_cli.train.task import Learn
 
 

@@ -1,4 +1,4 @@
-"""Optimizers by the recipe's names, and the learning rate as a pure function of the step."""
+"""Optimizers by the recipe's names, and their state by the names of the parameters."""
 
 from collections.abc import Callable, Mapping
 
@@ -9,7 +9,6 @@ from torch.optim import Optimizer
 from lora_cli.lora.shards import gathered, laid_out_as
 from lora_cli.recipe.schema import Training
 
-Schedule = Callable[[int], float]
 Parameters = Mapping[str, nn.Parameter]
 OptimizerState = tuple[dict[str, Tensor], dict[str, dict]]
 
@@ -42,20 +41,6 @@ def set_learning_rate(optimizer: Optimizer, factor: float) -> float:
     for group in optimizer.param_groups:
         group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
     return optimizer.param_groups[0]["lr"]
-
-
-def make_schedule(settings: Training, steps: int) -> Schedule:
-    """Step number (from 1) -> factor on the learning rate, by transformers' schedule of that name.
-
-    transformers counts from 0 and would give the first step of a warm-up a rate of 0: here the warm-up takes its
-    values from 1, so that no step is spent on nothing.
-    """
-    from transformers import get_scheduler
-
-    warmup = round(settings.warmup_ratio * steps)
-    idle = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    factor = get_scheduler(settings.lr_scheduler, idle, num_warmup_steps=warmup, num_training_steps=steps).lr_lambdas[0]
-    return lambda step: factor(step if step <= warmup else step - 1)
 
 
 def optimizer_state(optimizer: Optimizer, parameters: Parameters) -> OptimizerState:

@@ -10,10 +10,9 @@ is trained has to be of one type.
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from lora_cli.errors import ModelError, Problem, RecipeError
+from lora_cli.lora.shards import InShards
 from lora_cli.recipe.schema import Recipe
 from lora_cli.train.sharding import Sharding
 
@@ -24,13 +23,18 @@ def shard(model: nn.Module, sharding: Sharding, device: torch.device) -> None:
     No device ever holds more than its shards, one whole block, and what lies outside of the blocks. The parameters are
     new ones afterwards. Gradients come out of each backward as the sum over the processes.
     """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     for block in blocks(model, sharding.blocks):
         block.to(device)  # fully_shard would move a 4-bit weight without its scales
         block.register_forward_hook(_own_memory)
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
+    model.__class__ = type(type(model).__name__, (InShards, type(model)), {})
     # by default the root would stay whole after a forward
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
+    register_fsdp_forward_method(model, InShards.run.__name__)
     for module in sharded_modules(model):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
@@ -41,12 +45,12 @@ def _own_memory(block: nn.Module, inputs: object, output: object) -> object:
     return output.clone() if isinstance(output, Tensor) and output._is_view() else output
 
 
-def is_sharded(model: nn.Module) -> bool:
-    return isinstance(model, FSDPModule)
-
-
 def sharded_modules(model: nn.Module) -> list[nn.Module]:
     """Where each process waits for the others in a forward; none of a model that every process has whole."""
+    if not isinstance(model, InShards):
+        return []
+    from torch.distributed.fsdp import FSDPModule
+
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 

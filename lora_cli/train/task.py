@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from lora_cli.data.types import Batch
+from lora_cli.lora.shards import InShards
 from lora_cli.objectives.base import Loss, Objective, without_graph
 
 
@@ -22,6 +23,8 @@ class Task(nn.Module):
 
     def forward(self, batch: Batch) -> Loss:
         with torch.autocast(batch["input_ids"].device.type, self.products, enabled=self.products is not None):
+            if isinstance(self.model, InShards):  # a loss may ask for the head when the model's own forward is over
+                return self.model.run(self.objective, self.model, batch)
             return self.objective(self.model, batch)
 
 

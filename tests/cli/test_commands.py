@@ -187,14 +187,32 @@ def test_json_is_exactly_one_document_on_stdout(lora, trained, tmp_path):
     assert lora("merge", "--adapter", trained, "--json").json["out"] == str(trained / "merged")
 
 
+# What a run has no use for, and what other packages would bring with them: seconds before the first step
+UNUSED = {
+    "peft",
+    "bitsandbytes",
+    "datasets",
+    "pandas",
+    "tensorboard",
+    "transformers.trainer_utils",
+    "torch._inductor.lowering",
+}
+
+
 def test_in_a_process_of_its_own_a_run_tells_its_progress_on_stderr_and_its_result_on_stdout(recipe, tmp_path):
-    done = lora_process("train", recipe({"data.eval": "25%"}))
+    done = lora_process("train", recipe({"data.eval": "25%"}), PYTHONPROFILEIMPORTTIME="1")
+    lines = done.err.splitlines()
+    imports = [line for line in lines if line.startswith("import time:")]
+    told = "\n".join(line for line in lines if line not in imports)
 
     assert "held-out loss" in done.out
     assert "lora merge --adapter" in done.out
-    assert "saved step 4" in done.err
-    assert "\x1b" not in done.out + done.err
-    assert "Warning" not in done.err
+    assert "saved step 4" in told
+    assert "\x1b" not in done.out + told
+    assert "Warning" not in told
+    imported = {line.rpartition("|")[2].strip() for line in imports}
+    assert "torch" in imported
+    assert not imported & UNUSED
 
 
 def test_doctor_knows_the_machine(lora):
