@@ -207,22 +207,24 @@ def losses_agree(race: Race, results: dict[str, Result]) -> bool:
 
 
 def table(race: Race, results: dict[str, Result], *, rate: float) -> str:
-    """Markdown: tokens a second (of rows, not of padding), against the rival, memory, share of the floor."""
+    """Markdown: rows and tokens a second (none of padding), all and trained ones, against the rival, memory, share of the floor."""
     counted = race.setting.steps[race.warm :]
-    tokens = statistics.median(sum(len(row.input_ids) for row in rows) for rows in counted)
+    done = [statistics.median(map(count, counted)) for count in (len, tokens_of, trained_tokens_of)]
     floor = statistics.median(operations_of(rows, race.setting) for rows in counted) / rate
     lines = [
-        f"| {race.title} | tokens/s | against {RIVAL} | memory | of the floor |",
-        "| --- | --- | --- | --- | --- |",
+        f"| {race.title} | rows/s | tokens/s | trained tokens/s | against {RIVAL} | memory | of the floor |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     rival = results.get(RIVAL)
     for name, result in results.items():
         if result.failed:
-            lines.append(f"| {name} | {result.failed} | | | |")
+            lines.append(f"| {name} | {result.failed} | | | | | |")
             continue
         pairs = zip(rival.seconds, result.seconds, strict=False) if rival else ()
         against = statistics.median(ratios) if (ratios := [a / b for a, b in pairs]) else None
-        cells = [f"{tokens / result.step:,.0f}", f"{against:.2f} ×" if against else "–", bytes_text(result.peak)]
+        rows, *tokens = (each / result.step for each in done)
+        speeds = [f"{rows:,.2f}", *(f"{speed:,.0f}" for speed in tokens)]
+        cells = [*speeds, f"{against:.2f} ×" if against else "–", bytes_text(result.peak)]
         lines.append(f"| {_bold(name)} | {' | '.join(cells)} | {floor / result.step:.0%} |")
     loss = results[OURS].losses
     end = f"loss {loss[0]:.4f} → {loss[-1]:.4f} in {len(loss)} steps, the same for all; " if len(loss) > 1 else ""
@@ -238,14 +240,21 @@ def _described(steps: Sequence[Sequence[Example]], setting: Setting) -> str:
     return f"{rows}, which are {full:.0%} full"
 
 
+def tokens_of(rows: Sequence[Example]) -> int:
+    return sum(len(row.input_ids) for row in rows)
+
+
+def trained_tokens_of(rows: Sequence[Example]) -> int:
+    return sum(weight > 0 for row in rows for weight in row.weights)
+
+
 def operations_of(rows: Sequence[Example], setting: Setting) -> float:
     """Floating-point operations that a step owes, each row by itself and none for padding."""
     shape = shape_of(read_config(setting.folder))
     config = LoRAConfig(r=R, lora_alpha=R, target_modules=())
     how = How(number=setting.dtype.itemsize, attention="sdpa")
     setup = Setup(shape, tuple(adapted_linears(shape, PROJECTIONS)), config, how)
-    trained = [sum(weight > 0 for weight in row.weights) for row in rows]
-    batches = (Batch(1, len(row.input_ids), count) for row, count in zip(rows, trained, strict=True))
+    batches = (Batch(1, len(row.input_ids), trained_tokens_of([row])) for row in rows)
     return sum(operations(setup, batch, 0.0) for batch in batches)
 
 

@@ -71,9 +71,7 @@ class Run:
     dtype: torch.dtype
     accelerator: Accelerator
     frozen: str  # digest of the base, to prove that training left it alone; or, where every weight is trained, that it did not
-    start: Adapter | None = (
-        None  # where the adapter completes a quantised base: its start, to be taken off on any other
-    )
+    start: Adapter | None = None  # of an adapter that completes a quantised base: taken off on any other
 
     @property
     def recipe(self) -> Recipe:
