@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from math import prod
 
+import packed
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -66,6 +68,14 @@ def _linear8bit(W: Tensor, bias: Tensor) -> nn.Module:
     return layer.to("cpu")
 
 
+def _torchao(W: Tensor, bias: Tensor) -> nn.Module:
+    """Int8, a weight alone: a plain layer whose weight is a tensor of torchao's."""
+    quantization = pytest.importorskip("torchao.quantization", reason="needs torchao")
+    layer = _linear(W, bias)
+    quantization.quantize_(layer, quantization.Int8WeightOnlyConfig())
+    return layer.requires_grad_(False)
+
+
 def _embedding(W: Tensor, bias: Tensor) -> nn.Module:
     return nn.Embedding.from_pretrained(W.T.contiguous())
 
@@ -87,6 +97,8 @@ MAKERS: dict[str, Callable[[Tensor, Tensor], nn.Module]] = {
     "Conv1D": _conv1d,
     "Linear4bit": _linear4bit,
     "Linear8bitLt": _linear8bit,
+    "TorchAOBaseTensor": _torchao,
+    **packed.LAYERS,
     "Embedding": _embedding,
     "Conv1d": _convolution(nn.Conv1d, (4,), stride=2, padding=1),
     "Conv2d": _convolution(nn.Conv2d, (2, 2), stride=(2, 1), padding=(0, 1)),

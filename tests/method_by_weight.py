@@ -11,13 +11,14 @@ class Row(NamedTuple):
 
     model: str
     targets: tuple[str, ...]
-    quantize: str = "none"
+    quantize: str = "none"  # as in a recipe, or by a package in the base's own files
 
 
 WEIGHTS = {
     "`nn.Linear`": Row("qwen2", ("q_proj", "down_proj")),
     "`nn.Linear` in nf4, double quantised": Row("qwen2", ("q_proj", "down_proj"), "nf4"),
     "`nn.Linear` in int8": Row("qwen2", ("q_proj", "down_proj"), "int8"),
+    "`nn.Linear` in torchao's int8": Row("qwen2", ("q_proj", "down_proj"), "torchao"),
     "`Conv1D` (GPT-2)": Row("gpt2", ("c_attn", "mlp.c_proj")),
     "q k v, and gate and up, in one weight (Phi-3)": Row("phi3", ("qkv_proj", "gate_up_proj")),
     "head": Row("llama", ("lm_head",)),
@@ -60,6 +61,7 @@ NO_MAGNITUDE = (
     "read the adapter"
 )
 NOTHING_LOST = "LoftQ makes good what quantising took from a weight, and nothing is quantised here"
+NOT_THERE = "LoftQ needs the weight before it was quantised, which a base that is quantised on disk does not have"
 NO_VECTORS = (
     "EVA looks at the vectors that a linear layer takes, and some of these are none; PEFT's EVA refuses them too"
 )
@@ -72,6 +74,7 @@ WITHOUT_BIAS = [name for name, row in WEIGHTS.items() if row.model in ("llama", 
 WITHOUT = {
     **{(name, "DoRA"): NO_MAGNITUDE for name in EXPERTS},
     **{(name, "LoftQ"): NOTHING_LOST for name, row in WEIGHTS.items() if row.quantize == "none"},
+    ("`nn.Linear` in torchao's int8", "LoftQ"): NOT_THERE,
     **{(name, "EVA"): NO_VECTORS for name in (*NOT_LINEAR, *EXPERTS)},
     **{(name, "bias: lora_only"): NO_BIAS for name in (*WITHOUT_BIAS, *EXPERTS)},
     **{(name, "bias: all"): NO_BIAS for name in (*WITHOUT_BIAS, *EXPERTS)},
@@ -120,4 +123,15 @@ NOTES = """\
 - **Convolutions** with several groups are refused: PEFT's update sees all channels, and no grouped weight could hold it
   merged. Dilation and padding modes are the base's own; PEFT passes neither on, and reads such an adapter wrongly.
 - nf4 and int8 weights are merged into the 16-bit base.
+- **Quantised on disk.** A base whose own `config.json` has a `quantization_config` is loaded as it is (leave `model.quantize`
+  out) wherever transformers and the package that it names can; its layer computes, and the adapter stands beside it in
+  float32. `lora merge` and `lora export --to gguf` first make the 16-bit model that it stands for, once, in the cache. A
+  layer that lets no gradient through, as where inputs are quantised too, is refused by name before anything trains.
+
+  | quantised by | proved by | what is not proved |
+  | --- | --- | --- |
+  | bitsandbytes nf4, int8 | `tests/cli/test_quantised_on_disk.py`: train, resume, PEFT, eval, merge | |
+  | torchao int8, int4 (weights alone) | the same tests and the row above, with torchao 0.18; skipped where it is not installed | int4 in the layouts that only GPUs have; float8 |
+  | HQQ | the laws of a layer over a layer of the same form; transformers 5.23 can't load such a base | a whole model |
+  | GPTQ (2, 4, 8 bits), AWQ (GEMM, 4 bits) | the laws of a layer over layers with the packed tensors of their files (`tests/packed.py`) | a whole model: gptqmodel asks for a newer torch than is tested here; layers whose kernel reorders the codes train plain LoRA, and are not read for DoRA, PiSSA or a merge |
 """.splitlines()

@@ -77,6 +77,7 @@ def read_order(
     allow_base_mismatch: bool,
 ) -> "Order":
     """What is to be exported. Everything cheap that can be wrong is found here, before any weight is read."""
+    from lora_cli.export.dequantised import in_16_bits
     from lora_cli.export.merged import refuse_second_merge
     from lora_cli.export.order import Order
     from lora_cli.export.proof import proof_device
@@ -101,6 +102,8 @@ def read_order(
         return Order(adapter, folder, out, transposed)
     found = resolve_base(name, None if base else adapter.config.revision)
     refuse_second_merge(found.folder, adapter)
+    if FORMATS[format].whole:
+        found, adapter = in_16_bits(found, adapter, allow_base_mismatch=allow_base_mismatch)
     if adapter.tokenizer:
         tokens = tokenizer_folder(folder, found.folder)
         check_tokenizer(adapter, load_tokenizer(tokens, writes=False), tokens, allow=allow_base_mismatch)

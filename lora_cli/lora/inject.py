@@ -24,7 +24,7 @@ from lora_cli.lora.shards import local
 from lora_cli.lora.stand_in import stand_ins
 from lora_cli.lora.targets import shortest_suffixes
 from lora_cli.lora.tokens import TrainedTokens, check_tokens, remove_tokens, train_tokens, trained_tokens
-from lora_cli.lora.weights import CONVOLUTION, EMBEDDING, EXPERTS, LINEAR, Weight, keep_unpacked, weights_of
+from lora_cli.lora.weights import CONVOLUTION, EMBEDDING, EXPERTS, LINEAR, Weight, keep_unpacked, stored_in, weights_of
 from lora_cli.lora.whole import TrainedWhole, whole_modules, wrap_whole
 
 log = logging.getLogger(__name__)
@@ -152,12 +152,16 @@ def frozen_digest(model: nn.Module) -> str:
 
     An A that is frozen is the adapter's, and comes from a checkpoint where a run is resumed.
     """
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad and not name.endswith("lora_A"):
-            flat = local(parameter.detach()).flatten()
-            ends = torch.cat([flat[:SAMPLED_VALUES], flat[-SAMPLED_VALUES:]]).cpu()
-            digest.update(name.encode() + ends.view(torch.uint8).numpy().tobytes())
+    digest, seen = hashlib.sha256(), set()
+    for path, module in model.named_modules():
+        if isinstance(module, LoRALayer):
+            continue
+        for tensor in stored_in(module):
+            if not tensor.requires_grad and id(tensor) not in seen:
+                seen.add(id(tensor))
+                flat = local(tensor.detach()).flatten()
+                ends = torch.cat([flat[:SAMPLED_VALUES], flat[-SAMPLED_VALUES:]]).cpu()
+                digest.update(path.encode() + ends.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

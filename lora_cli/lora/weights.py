@@ -4,15 +4,19 @@ Every weight is a matrix [out, in] here, or several of them: an embedding's is i
 column for each input channel and place of its kernel, and experts that share one parameter have a matrix each.
 
 Everything that needs a weight (DoRA's norm, PiSSA, the budget, a merge in memory) asks the row, so every variant works
-on every storage. Rows are found by class name, which keeps transformers and bitsandbytes out of the imports.
+on every storage. Rows are found by class name, which keeps transformers, bitsandbytes and other packages out of the
+imports: that of the layer, or that of its weight (torchao's layers are plain ones, with tensors of its own classes).
 """
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 
+import torch
 from torch import Tensor, nn
 
+from lora_cli.errors import ModelError, Problem
+from lora_cli.lora.packed import read_awq, read_gptq
 from lora_cli.lora.shards import is_sharded
 
 LINEAR, EMBEDDING, CONVOLUTION, EXPERTS = "linear", "embedding", "convolution", "experts"
@@ -20,7 +24,8 @@ LINEAR, EMBEDDING, CONVOLUTION, EXPERTS = "linear", "embedding", "convolution", 
 
 @dataclass(frozen=True)
 class Storage:
-    """How a layer class keeps its weight: `shape` is (out, in), `read` gives the dense [out, in] weight."""
+    """How a layer keeps its weight: `shape` is (out, in), `read` gives the dense [out, in] weight, `parameter` is where
+    what is stored lies."""
 
     class_name: str
     shape: Callable[[nn.Module], tuple[int, int]]
@@ -28,6 +33,7 @@ class Storage:
     kind: str = LINEAR  # which layer class goes around it
     transposed: bool = False  # the parameter, and the file, hold [in, out]
     quantised: bool = False
+    parameter: str = "weight"
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,7 @@ def weights_of(model: nn.Module) -> dict[str, Weight]:
 
 def _weights(path: str, module: nn.Module) -> Iterator[tuple[str, Weight]]:
     if storage := storage_of(module):
-        yield path, Weight(module, storage.kind, storage.shape(module), storage.transposed)
+        yield path, Weight(module, storage.kind, storage.shape(module), storage.transposed, storage.parameter)
     elif "expert" in type(module).__name__.lower():
         # transformers' own flag for gpt-oss, whose experts are [in, out]
         transposed = getattr(module, "is_transposed", False)
@@ -87,7 +93,8 @@ def _weights(path: str, module: nn.Module) -> Iterator[tuple[str, Weight]]:
 
 def storage_of(layer: nn.Module) -> Storage | None:
     """The row for a layer, or None when it has no weight that we know."""
-    names = {cls.__name__ for cls in type(layer).__mro__}
+    kinds = (type(layer), type(layer._parameters.get("weight")))
+    names = {cls.__name__ for kind in kinds for cls in kind.__mro__}
     return next((row for row in STORAGES if row.class_name in names), None)
 
 
@@ -116,6 +123,49 @@ def frozen_matrix(layer: nn.Module) -> Tensor | None:
         return None
     weight = storage.read(layer)
     return None if weight.requires_grad or is_sharded(weight) else weight
+
+
+def stored_in(layer: nn.Module) -> list[Tensor]:
+    """The plain tensors that a layer's parameters are made of, and its buffers where they hold its weight."""
+    buffers = layer.buffers(recurse=False) if is_quantised(layer) else ()
+    return [inner for tensor in (*layer.parameters(recurse=False), *buffers) for inner in _plain(tensor)]
+
+
+def _plain(tensor: Tensor) -> list[Tensor]:
+    """Itself, or the tensors inside of one of torchao's."""
+    if is_sharded(tensor) or not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [inner for name in names for inner in _plain(getattr(tensor, name))]
+
+
+def check_gradients(model: nn.Module) -> None:
+    """Raise ModelError for quantised layers through which no gradient passes: what stands before them would not learn.
+
+    One layer of each storage is tried, with a random input.
+    """
+    keep_unpacked(model)
+    tried = set()
+    for path, weight in weights_of(model).items():
+        kind = (type(weight.module), type(weight.tensor))
+        if not is_quantised(weight.module) or kind in tried or weight.tensor.device.type == "meta":
+            continue
+        tried.add(kind)
+        if not _passes_gradients(weight):
+            what = f"no gradient passes through {path}, which is quantised ({kind[1].__name__} in a {kind[0].__name__})"
+            fix = "give a base that quantises weights alone, and not what they are multiplied with, or the 16-bit original"
+            raise ModelError(Problem(what, fix=fix))
+
+
+def _passes_gradients(weight: Weight) -> bool:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):  # some layers take one alone
+        x = torch.ones(2, weight.shape[1], dtype=dtype, device=weight.tensor.device, requires_grad=True)
+        try:
+            (gradient,) = torch.autograd.grad(weight.module(x).float().sum(), x, allow_unused=True)
+        except RuntimeError:  # of another number format, or without any way back
+            continue
+        return gradient is not None and bool(gradient.any())
+    return False
 
 
 def keep_unpacked(model: nn.Module) -> None:
@@ -156,10 +206,18 @@ def _read_8bit(layer: nn.Module) -> Tensor:
     return int8_vectorwise_dequant(weight, scales)
 
 
+# Layers of gptqmodel, and of the packages before it
+AWQ = ("AWQuantLinear", "WQLinear_GEMM")
+GPTQ = ("GPTQQuantLinear", "QuantLinear")
+
 # The quantised layers inherit from nn.Linear, so they stand before it.
 STORAGES = (
     Storage("Linear4bit", _features, _read_4bit, quantised=True),
     Storage("Linear8bitLt", _features, _read_8bit, quantised=True),
+    Storage("TorchAOBaseTensor", _features, lambda layer: layer.weight.dequantize(), quantised=True),
+    Storage("HQQLinear", _features, lambda layer: layer.dequantize(), quantised=True, parameter="W_q"),
+    *(Storage(name, _features, read_awq, quantised=True, parameter="qweight") for name in AWQ),
+    *(Storage(name, _features, read_gptq, quantised=True, parameter="qweight") for name in GPTQ),
     Storage("Conv1D", lambda layer: (layer.nf, layer.nx), lambda layer: layer.weight.T, transposed=True),
     Storage("Linear", _features, lambda layer: layer.weight),
     Storage(

@@ -102,6 +102,12 @@ def read_config(folder: Path) -> dict:
     return config
 
 
+def quantised_on_disk(folder: Path) -> str | None:
+    """What a base's own files are quantised with (`gptq`, `torchao` …); None where they hold plain numbers."""
+    found = read_config(folder).get("quantization_config")
+    return str(found.get("quant_method") or "bitsandbytes") if isinstance(found, dict) else None
+
+
 def refuse_foreign_code(folder: Path) -> None:
     """Raise SafetyError where a config beside a model or a tokenizer asks for code that is not transformers' own.
 

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
@@ -11,7 +10,7 @@ from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_cli.data.cache import user_cache
+from lora_cli.data.cache import made_once, user_cache
 from lora_cli.errors import ModelError, Problem, first_line
 from lora_cli.models.quiet import quiet_transformers
 
@@ -31,18 +30,7 @@ def converted_folder(file: Path) -> Path:
     transformers reads the file; what it marks as quantised is plain float weights by then, and is saved as such.
     """
     folder = user_cache() / "gguf" / f"{file.stem}-{_content_key(file)}"
-    if folder.is_dir():
-        return folder
-    log.info("converting %s once into %s", file.name, folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=".tmp-", dir=folder.parent))
-    try:
-        _convert(file, draft)
-        draft.chmod(0o755)
-        _publish(draft, folder)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-    return folder
+    return made_once(folder, lambda draft: _convert(file, draft))
 
 
 def load_gguf(file: Path, config: "PretrainedConfig", dtype: "torch.dtype") -> "PreTrainedModel":
@@ -72,6 +60,7 @@ def _alone(file: Path) -> Iterator[Path]:
 
 
 def _convert(file: Path, folder: Path) -> None:
+    log.info("converting %s once", file.name)
     quiet_transformers()
     with _alone(file) as alone:
         model, tokenizer = _read(alone, file)
@@ -144,14 +133,6 @@ def _forget_origin(file: Path) -> None:
         config.pop(key, None)
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     file.write_text(json.dumps(config, indent=2))
-
-
-def _publish(draft: Path, folder: Path) -> None:
-    try:
-        draft.rename(folder)
-    except OSError:
-        if not folder.is_dir():  # another process finished first
-            raise
 
 
 def _content_key(file: Path) -> str:

@@ -15,7 +15,7 @@ from lora_cli.kernels.products import has_bfloat16
 from lora_cli.lora.base_files import weight_files
 from lora_cli.lora.inject import linears
 from lora_cli.lora.weights import weights_of
-from lora_cli.models.base import Base, refuse_foreign_code
+from lora_cli.models.base import Base, quantised_on_disk, refuse_foreign_code
 from lora_cli.models.heads import SUFFIX, Head, configure, head_modules, may_be_new, refuse_encoder, start
 from lora_cli.models.quiet import quiet_transformers
 from lora_cli.models.trust import may_run
@@ -72,6 +72,7 @@ def load_model(
     Raises ModelError for weights that don't fit the config, and SafetyError for pickled ones.
     """
     quiet_transformers()
+    _refuse_twice(base, quantize)
     weight_files(base.folder)  # transformers would take a pickle that an index of safetensors names
     left_out = head_modules(skeleton(base.folder, head)) if head and quantize != "none" else None
     try:
@@ -100,6 +101,14 @@ def load_model(
     if head:
         model.config.pad_token_id = head.pad_token_id  # a decoder's last token is the last that is not this one
     return model.eval()
+
+
+def _refuse_twice(base: Base, quantize: str) -> None:
+    """Raise ModelError where a base that is quantised on disk should be quantised again."""
+    if quantize != "none" and (method := quantised_on_disk(base.folder)):
+        what = f"`model.quantize: {quantize}` quantises 16-bit weights, and the base's are quantised already ({method})"
+        fix = "leave `model.quantize` out to train beside them as they are, or give the 16-bit original"
+        raise ModelError(Problem(what, where=str(base.folder / "config.json"), fix=fix))
 
 
 def skeleton(folder: Path, head: Head | None = None) -> "PreTrainedModel":
@@ -307,4 +316,6 @@ def _fix(error: Exception, head: Head | None) -> str:
     text = str(error).lower()
     if "flash" in text or "flex" in text:
         return "use `model.attention: sdpa`, or install what the message names"
+    if isinstance(error, ImportError):
+        return "install what the message names, or give the 16-bit original of the base"
     return "check that the folder is a causal language model with safetensors, complete and undamaged"

@@ -17,7 +17,7 @@ from lora_cli.lora.inject import inject, names_of_targets
 from lora_cli.lora.targets import fused_notices, names_to_save
 from lora_cli.lora.tokens import begin_at_mean
 from lora_cli.lora.vocabulary import make_room
-from lora_cli.lora.weights import Weight, fan_in_fan_out, weights_of
+from lora_cli.lora.weights import Weight, check_gradients, fan_in_fan_out, weights_of
 from lora_cli.models.base import Base
 from lora_cli.models.heads import Head
 from lora_cli.models.tokens import ids_of_tokens
@@ -66,6 +66,7 @@ def with_adapter(
     """
     tokens = ids_of_tokens(tokenizer, recipe.lora.tokens_with_rows)
     make_room(model, tokens)
+    check_gradients(model)
     whole = whole_paths(model, recipe.lora.modules_to_save)
     targets = target_paths(recipe, model, whole)
     begun = beginning(recipe, model, targets, rows, base=base.folder, head=head, resumed=resumed)
@@ -101,7 +102,7 @@ def _budget(
     lora: LoRAConfig, model: nn.Module, adapted: Mapping[str, Weight], whole: list[Whole], biases: int
 ) -> Budget:
     """Counted on the real modules, before they are wrapped; a quantised base counts as the weights it stands for."""
-    packed = {id(weight.tensor): weight.numel for weight in weights_of(model).values()}
-    parameters = sum(packed.get(id(p), p.numel()) for p in model.parameters())
+    found = {id(weight.tensor): weight.numel for weight in weights_of(model).values()}  # a tied one once
+    parameters = sum(found.values()) + sum(p.numel() for p in model.parameters() if id(p) not in found)
     new = sum(module.parameters for module in whole if module.new)
     return budget_of(counted(adapted), parameters - new, lora, whole, biases=biases)

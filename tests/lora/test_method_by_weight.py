@@ -7,7 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 from layers import MAKERS, frozen, inputs, randomize, relative_difference
-from method_by_weight import INSIDE, METHODS, NO_BIAS, NO_MAGNITUDE, NO_VECTORS, NOTHING_LOST, WEIGHTS, WITHOUT
+from method_by_weight import (
+    INSIDE,
+    METHODS,
+    NO_BIAS,
+    NO_MAGNITUDE,
+    NO_VECTORS,
+    NOT_THERE,
+    NOTHING_LOST,
+    WEIGHTS,
+    WITHOUT,
+)
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import ENCODERS, tiny_base, tiny_encoder_model, tiny_model, tiny_vit
 from torch import Tensor, nn
@@ -33,6 +43,7 @@ from lora_cli.runs.starts import Beginning, by_variance, with_ranks
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning"),  # PEFT's, on tied weights
+    pytest.mark.filterwarnings("ignore:TorchaoLoraLinear was instantiated without"),  # which PEFT needs to merge
     # PEFT gives parameters the ranks of their patterns, and then looks for these among modules alone
     pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning"),
 ]
@@ -52,6 +63,8 @@ def folder(tmp_path_factory) -> Path:
 def model_of(weight: str, folder: Path, quantize: str | None = None) -> nn.Module:
     """The same at every call."""
     name, quantize = WEIGHTS[weight].model, quantize or WEIGHTS[weight].quantize
+    if quantize == "torchao":
+        return in_torchao(load_model(Base("tiny", folder), dtype=torch.float32).eval())
     if quantize != "none":
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         return load_model(Base("tiny", folder), dtype=torch.float32, quantize=quantize).eval()
@@ -63,6 +76,13 @@ def model_of(weight: str, folder: Path, quantize: str | None = None) -> nn.Modul
     with torch.no_grad():  # tokens that pad begin at zero, and DoRA divides by the norm of a row: PEFT gives NaN there
         model.get_input_embeddings().weight.add_(0.01)
     return model
+
+
+def in_torchao(model: nn.Module) -> nn.Module:
+    quantization = pytest.importorskip("torchao.quantization", reason="needs torchao")
+    blocks = model.base_model.layers
+    quantization.quantize_(blocks, quantization.Int8WeightOnlyConfig())
+    return model.requires_grad_(False)
 
 
 @torch.no_grad()
@@ -173,7 +193,8 @@ def test_what_is_no_cell_of_the_table_is_refused_with_the_reason(weight, method,
 
 
 def test_a_completion_of_what_is_not_quantised_is_refused_by_the_recipe():
-    assert set(WITHOUT.values()) - set(REFUSED) == {NOTHING_LOST}
+    """Also of what is quantised on disk: `model.quantize` is not set there."""
+    assert set(WITHOUT.values()) - set(REFUSED) == {NOTHING_LOST, NOT_THERE}
     recipe = Recipe(model={"base": "x"}, lora={"init": "loftq"}, data={"train": "x.jsonl"})
 
     assert "and `model.quantize` is `none`" in loftq_completes_a_quantised_base(recipe).what
