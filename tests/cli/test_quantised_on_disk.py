@@ -64,11 +64,6 @@ def logits(model) -> torch.Tensor:
         return model.eval()(input_ids=IDS).logits
 
 
-@pytest.fixture(autouse=True)
-def cache(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
 @pytest.mark.parametrize("method", [{}, {"lora.use_dora": True}], ids=["LoRA", "DoRA"])
 @pytest.mark.parametrize("storage", STORAGES)
 def test_a_quantised_base_goes_all_the_way(storage, method, lora, recipe, tmp_path):
