@@ -53,7 +53,10 @@ def joined(batches: Sequence[Batch]) -> Batch:
     """The rows of several batches below each other, as one batch; what each counts is told apart by `sources`.
 
     The sources of each, or all of its tokens where it has none, become sources of the whole, in the order of the batches.
+    Rows that are classified have none here: a row's label is its own.
     """
+    if "attention_mask" in batches[0]:
+        return _joined_rows(batches)
     width = max(batch["input_ids"].shape[1] for batch in batches)
     labels = _below([batch["labels"] for batch in batches], width, IGNORE)
     whole = Batch(
@@ -93,6 +96,21 @@ def _classified(examples: Sequence[Example], sources: Sequence[str]) -> Batch:
         of_source = [[example.row.source == source for example in examples] for source in sources]
         batch["sources"] = torch.tensor(of_source)
     return batch
+
+
+def _joined_rows(batches: Sequence[Batch]) -> Batch:
+    """Of batches that are classified."""
+    width = max(batch["input_ids"].shape[1] for batch in batches)
+    whole = Batch(
+        input_ids=_below([batch["input_ids"] for batch in batches], width, 0),
+        labels=torch.cat([batch["labels"] for batch in batches]),
+        weights=torch.cat([batch["weights"] for batch in batches]),
+        attention_mask=_below([batch["attention_mask"] for batch in batches], width, 0),
+    )
+    if any("token_type_ids" in batch for batch in batches):
+        segments = [batch.get("token_type_ids", torch.zeros_like(batch["input_ids"])) for batch in batches]
+        whole["token_type_ids"] = _below(segments, width, 0)
+    return whole
 
 
 def _borders(rows: Sequence[Row], width: int) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from lora_cli.lora.experts import LoRAExperts
 from lora_cli.lora.init import Init, kaiming
 from lora_cli.lora.layer import LoRALayer, LoRALinear, LoRAModule
 from lora_cli.lora.shards import local
-from lora_cli.lora.stand_in import stand_ins
+from lora_cli.lora.stand_in import StandIn, stand_ins
 from lora_cli.lora.targets import shortest_suffixes
 from lora_cli.lora.tokens import TrainedTokens, check_tokens, remove_tokens, train_tokens, trained_tokens
 from lora_cli.lora.weights import CONVOLUTION, EMBEDDING, EXPERTS, LINEAR, Weight, keep_unpacked, stored_in, weights_of
@@ -132,6 +132,18 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
 def trained_beside(model: nn.Module) -> dict[str, TrainedWhole | TrainedBias | TrainedTokens]:
     """What is trained beside the LoRA layers, by the path of the module it belongs to."""
     return {**whole_modules(model), **trained_biases(model), **trained_tokens(model)}
+
+
+def moves_of(module: nn.Module) -> list[Callable[..., Tensor]]:
+    """The hooks with which trained biases and rows of tokens move what a module gives: (module, inputs, output) -> output."""
+    hooks = module._forward_hooks.values()
+    return [hook for hook in hooks if isinstance(getattr(hook, "__self__", None), (TrainedBias, TrainedTokens))]
+
+
+def changed_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that give something else than the base's do, by path."""
+    found = ((path, module) for path, module in model.named_modules() if path)
+    return {path: module for path, module in found if isinstance(module, StandIn) or moves_of(module)}
 
 
 @contextmanager

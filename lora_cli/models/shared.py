@@ -2,28 +2,37 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from lora_cli.lora.weights import storage_of
+from lora_cli.lora.weights import is_quantised
 from lora_cli.models.base import Base
+from lora_cli.models.heads import Head, start
 from lora_cli.models.load import load_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 LoadModel = Callable[..., "PreTrainedModel"]
+BESIDE = ("state", "quant_state")  # what bitsandbytes' layers keep of a weight beside it
 
 
 def loaded_once(load: LoadModel = load_model) -> LoadModel:
-    """A `load_model` that reads a base once, and again only where the next run asks for another one, or in another way."""
+    """A `load_model` that reads a base once, and again only where the next run asks for another one, or in another way.
+
+    A head that is new starts from the seed that is asked for, whoever asked first.
+    """
     kept: list[tuple[object, PreTrainedModel]] = []
 
-    def load_shared(base: Base, **how: Any) -> "PreTrainedModel":
-        asked = (base.folder, how)
+    def load_shared(base: Base, *, head: Head | None = None, **how: Any) -> "PreTrainedModel":
+        asked = (base.folder, head and replace(head, seed=0), how)
         if not kept or kept[0][0] != asked:
             kept.clear()  # before the next one is read
-            kept.append((asked, load(base, **how)))
-        return shared_copy(kept[0][1])
+            kept.append((asked, load(base, head=head, **how)))
+        model = shared_copy(kept[0][1])
+        if head and head.brought is None:
+            start(model, [name for name, p in model.named_parameters() if p.requires_grad], head.seed)
+        return model
 
     return load_shared
 
@@ -31,7 +40,10 @@ def loaded_once(load: LoadModel = load_model) -> LoadModel:
 def shared_copy(model: "PreTrainedModel") -> "PreTrainedModel":
     """The same function by modules of its own: what is wrapped or replaced in one is not in the other.
 
-    Parameters, buffers and whole linear layers (quantised ones keep state beside their weight) are the very same objects.
+    Frozen parameters, buffers, and what quantised layers keep beside their weight are the very same objects; what can be
+    trained (a new head) is a copy.
     """
-    same = [*model.parameters(), *model.buffers(), *(m for m in model.modules() if storage_of(m) is not None)]
-    return copy.deepcopy(model, {id(each): each for each in same})
+    quantised = [module for module in model.modules() if is_quantised(module)]
+    beside = [vars(module).get(name) for module in quantised for name in BESIDE]
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    return copy.deepcopy(model, {id(each): each for each in [*frozen, *model.buffers(), *beside] if each is not None})

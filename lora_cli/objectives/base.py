@@ -1,6 +1,6 @@
 """What an objective returns: sums. The loop divides once, by the items of the whole step on all devices."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -25,6 +25,8 @@ def without_graph(loss: Loss) -> Loss:
 
 
 Objective = Callable[[nn.Module, Batch], Loss]
+Each = Callable[[nn.Module, Sequence[Batch]], list[Loss]]
+"""(model, batches) -> the loss of each batch, as the objective has it, of one forward over all"""
 Measure = Callable[[Mapping[str, Tensor]], dict[str, float]]
 """(metrics summed over all held-out rows) -> figures by name, such as the accuracy."""
 

@@ -1,22 +1,38 @@
 """Classification: the cross-entropy of each row's label, and what it got right, by label."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lora_cli.data.collate import joined
 from lora_cli.data.types import Batch
 from lora_cli.objectives.base import BY_SOURCE, Loss, by_source
 
 
 def classify(model: nn.Module, batch: Batch) -> Loss:
     """Σ weight · −log p(label), in nats, over the rows; the metrics count rows by label, [labels]."""
+    return loss_of(logits_of(model, batch), batch)
+
+
+def classify_each(model: nn.Module, batches: Sequence[Batch]) -> list[Loss]:
+    """The loss of each batch, of one forward over the rows of all."""
+    rows = [len(batch["labels"]) for batch in batches]
+    logits = logits_of(model, joined(batches)).split(rows)
+    return [loss_of(own, batch) for own, batch in zip(logits, batches, strict=True)]
+
+
+def logits_of(model: nn.Module, batch: Batch) -> Tensor:
+    """[rows, labels] float32"""
     # padding is known by its position; a decoder's head and RoBERTa's positions look for it by its token
     ids = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, model.config.pad_token_id)
     knows_segments = getattr(model.config, "type_vocab_size", 0) > 1
     segments = {"token_type_ids": batch["token_type_ids"]} if knows_segments and "token_type_ids" in batch else {}
-    logits = model(input_ids=ids, attention_mask=batch["attention_mask"], **segments).logits.float()
+    return model(input_ids=ids, attention_mask=batch["attention_mask"], **segments).logits.float()
+
+
+def loss_of(logits: Tensor, batch: Batch) -> Loss:
     labels, weights = batch["labels"], batch["weights"]
     losses = F.cross_entropy(logits, labels, reduction="none")
     metrics = counts(logits.argmax(dim=1), labels, weights, logits.shape[1])

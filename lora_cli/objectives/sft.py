@@ -1,8 +1,11 @@
 """Supervised fine-tuning: the cross-entropy of the trained tokens."""
 
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lora_cli.data.collate import joined
 from lora_cli.data.types import IGNORE, Batch
 from lora_cli.kernels.cross_entropy import head_cross_entropy
 from lora_cli.models.attention import packed_arguments
@@ -28,6 +31,16 @@ def sft(model: nn.Module, batch: Batch) -> Loss:
     if "sources" not in batch:
         return Loss(losses.sum(), {})
     return Loss(losses.sum(), {BY_SOURCE: by_source(losses, batch["sources"][:, *at].flatten(1))})
+
+
+def sft_each(model: nn.Module, batches: Sequence[Batch]) -> list[Loss]:
+    """The loss of each batch, of one forward over the rows of all: its sources are some of those of the whole."""
+    sums = sft(model, joined(batches)).metrics[BY_SOURCE]
+    counts = [len(batch["sources"]) if "sources" in batch else 1 for batch in batches]
+    return [
+        Loss(own.sum(), {BY_SOURCE: own} if "sources" in batch else {})
+        for own, batch in zip(sums.split(counts), batches, strict=True)
+    ]
 
 
 def _inputs(model: nn.Module, batch: Batch) -> dict[str, object]:

@@ -17,14 +17,10 @@ from pathlib import Path
 
 from lora_cli.data.pipeline import OnTokenized
 from lora_cli.errors import Problem, RecipeError, StorageError, UserError
-from lora_cli.lora.biases import trained_biases
-from lora_cli.lora.inject import lora_layers, remove
-from lora_cli.lora.joint import join
-from lora_cli.lora.layer import LoRALinear
-from lora_cli.lora.tokens import trained_tokens
-from lora_cli.lora.whole import whole_modules
+from lora_cli.lora.inject import remove
+from lora_cli.lora.joint import join, mixes_rows
 from lora_cli.models.shared import LoadModel, loaded_once, shared_copy
-from lora_cli.objectives.table import OBJECTIVES
+from lora_cli.objectives.table import EACH
 from lora_cli.recipe.grid import Trial
 from lora_cli.recipe.reader import LoadedRecipe, with_output
 from lora_cli.recipe.schema import objective_of
@@ -34,7 +30,7 @@ from lora_cli.runs.parts import Run
 from lora_cli.runs.report import tell_end, told_if_broken_off
 from lora_cli.runs.train import execute, finish, prepare
 from lora_cli.train.events import Event, Finished
-from lora_cli.train.task import Learn, Task
+from lora_cli.train.task import Learn
 from lora_cli.train.together import Table, train_together
 
 Show = Callable[[Run, Event], None]
@@ -128,21 +124,20 @@ def can_join(runs: Sequence[Run]) -> None:
 def _alone(run: Run, first: Run) -> str | None:
     """Why a run can't share its forwards with the first one."""
     if run.config is None:
-        return "every weight of the base is trained"
-    if trained_biases(run.model) or trained_tokens(run.model):
-        return "biases or rows of tokens are trained beside the layers"
-    base, weight = next(iter(run.model.parameters())), next(iter(first.model.parameters()))
-    if base is not weight:
+        return "every weight of the base is trained, so that there is none to share"
+    if run.model.get_input_embeddings().weight is not first.model.get_input_embeddings().weight:
         return "they have different bases, or the same in different forms"
-    if objective_of(run.recipe.training).kind != "sft":
-        return "their rows are classified, each run by a head of its own"
-    if whole_modules(run.model):
-        return "modules are trained whole"
-    if other := next((p for p, layer in lora_layers(run.model).items() if not isinstance(layer, LoRALinear)), None):
-        return f"{other} is no linear layer"
+    if _objective(run) != _objective(first):
+        return "some write text, and some classify"
+    if path := mixes_rows(run.model):
+        return f"{path} projects distances between tokens too, once for the rows of all runs"
     if run.accelerator.num_processes > 1:
         return "each is trained by several processes"
     return None
+
+
+def _objective(run: Run) -> str:
+    return objective_of(run.recipe.training).kind
 
 
 def table_of(runs: Sequence[Run]) -> Table:
@@ -153,7 +148,7 @@ def table_of(runs: Sequence[Run]) -> Table:
     model = shared_copy(next((run for run in runs if run.decision.recompute), runs[0]).model)
     remove(model)
     groups = join(model, [run.model for run in runs])
-    return Table(Task(model, OBJECTIVES["sft"]), groups, runs[0].accelerator.device, _at_once(runs))
+    return Table(model, EACH[_objective(runs[0])], groups, runs[0].accelerator.device, _at_once(runs))
 
 
 def _at_once(runs: Sequence[Run]) -> int:

@@ -16,14 +16,13 @@ from queue import SimpleQueue
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lora_cli.data.collate import joined
 from lora_cli.data.types import Batch
 from lora_cli.errors import first_line, is_out_of_memory
 from lora_cli.lora.joint import Group, Groups, Stream
-from lora_cli.objectives.base import BY_SOURCE, Loss, without_graph
-from lora_cli.train.task import Learn, Task, to_device
+from lora_cli.objectives.base import Each, Loss, without_graph
+from lora_cli.train.task import Learn, to_device
 
 
 class Wanted(NamedTuple):
@@ -40,12 +39,14 @@ Act = Callable[[Learn], None]
 
 @dataclass
 class Table:
-    """The forwards of all runs: `task` is the shared base under joint layers, `groups` what they look at.
+    """The forwards of all runs: `model` is the shared base under joint modules, `groups` what they look at, `each` their
+    objective.
 
     `most` runs go through one forward; where there are more, one goes after the other.
     """
 
-    task: Task
+    model: nn.Module
+    each: Each
     groups: Groups
     device: torch.device
     most: int
@@ -66,15 +67,14 @@ class Table:
         return found
 
     def _together(self, wanted: dict[int, Wanted], *, learns: bool) -> dict[int, Loss]:
-        batches = [each.batch for each in wanted.values()]
-        batch = to_device(joined(batches), self.device)
-        self.groups.time = batch["input_ids"].shape[1]
+        batches = [to_device(each.batch, self.device) for each in wanted.values()]
+        self.groups.time = max(batch["input_ids"].shape[1] for batch in batches)
         self.groups.now = [
             Group(run, *each.batch["input_ids"].shape, Stream(each.seed)) for run, each in wanted.items()
         ]
-        self.task.train(learns)
+        self.model.train(learns)
         with torch.set_grad_enabled(learns):
-            losses = _apart(self.task(batch).metrics[BY_SOURCE], batches)
+            losses = self.each(self.model, batches)
         if learns:
             items = [each.items for each in wanted.values()]
             torch.stack([loss.total / count for loss, count in zip(losses, items, strict=True)]).sum().backward()
@@ -141,12 +141,3 @@ class _Measuring(nn.Module):
 
     def forward(self, batch: Batch) -> Loss:
         return self.ask(Wanted(batch, None, 0))
-
-
-def _apart(sums: Tensor, batches: Sequence[Batch]) -> list[Loss]:
-    """The loss of each batch out of the sums by source of all of them."""
-    counts = [len(batch["sources"]) if "sources" in batch else 1 for batch in batches]
-    return [
-        Loss(own.sum(), {BY_SOURCE: own} if "sources" in batch else {})
-        for own, batch in zip(sums.split(counts), batches, strict=True)
-    ]

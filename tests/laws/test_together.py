@@ -6,10 +6,11 @@ import shutil
 import signal
 
 import pytest
-from running import adapter_bytes, events, hashes, resumed_after
-from same_run import AGREE, WHOLE, assert_same_curve, assert_same_run
+from running import adapter_bytes, events, hashes, resumed_after, write_labelled
+from same_run import AGREE, FIRST_STEP, WHOLE, assert_same_curve, assert_same_run, first_gradients
+from tiny import ENCODERS, tiny_base, tiny_encoder
 
-from lora_cli.lora.joint import JointLinear
+from lora_cli.lora.joint import JointModule
 from lora_cli.train.together import Table
 
 SHORT = WHOLE | {"training.max_steps": 3, "training.eval_steps": 2, "training.micro_batch_size": 3}
@@ -54,6 +55,62 @@ def test_each_run_is_what_it_is_by_itself(axis, settings, lora, recipe, tmp_path
     assert len(runs_of(tmp_path / "alone")) == 2
     for name in runs_of(tmp_path / "alone"):
         assert_same_run(tmp_path / "together" / name, tmp_path / "alone" / name, steps=3)
+
+
+CLASSIFY = {"training.objective": "classify", "data.train": "labelled.jsonl", "data.packing": False}
+# What is changed beside or instead of linear layers: a base, and the settings of both runs, with one that differs
+KINDS = {
+    "head trained whole": ("llama", "lora.modules_to_save=[],[lm_head]", {}),
+    "norms trained whole": ("llama", "lora.modules_to_save=[norm],[model.norm, embed_tokens]", {}),
+    "a block trained whole, and adapted": ("llama", "lora.modules_to_save=[layers.1.mlp],[]", {}),
+    "all biases": ("gpt2", "lora.bias=all,none", {}),
+    "biases of adapted layers": ("gpt2", "lora.bias=lora_only,all", {}),
+    "rows of tokens": ("llama", "lora.trainable_tokens=['?'],['?', '1']", {}),
+    "rows of tokens under a tied head": ("llama-tied", "lora.trainable_tokens=['?'],[]", {}),
+    "table": ("llama", "lora.r=2,4", {"lora.targets": ["embed_tokens", "q_proj"]}),
+    "table and positions": ("gpt2", "lora.targets=[wte, wpe, c_attn],[c_attn]", {"data.packing": False}),
+    "tied head": ("llama-tied", "lora.targets=[lm_head],[embed_tokens, lm_head]", {}),
+    "experts": ("mixtral", "lora.targets=[experts.gate_up_proj, q_proj],[experts.down_proj]", {}),
+    "experts, and none": ("qwen3_moe", "lora.targets=[experts.down_proj],[q_proj]", {"lora.dropout": 0.2}),
+    "nf4": ("llama", "lora.bias=none", {"model.quantize": "nf4", "lora.trainable_tokens": ["?"]}),
+    "int8": ("llama", "lora.r=2,4", {"model.quantize": "int8"}),
+    **{
+        f"classifiers on {name}": (name, "training.seed=1,2", CLASSIFY)
+        for name in ("bert", "roberta", "distilbert", "llama")
+    },
+    "a classifier on DeBERTa's values": (
+        "deberta-v2",
+        "lora.r=2,4",
+        CLASSIFY | {"lora.targets": ["value_proj", "output.dense"]},
+    ),
+    "a classifier's biases": ("bert", "lora.bias=all,none", CLASSIFY | {"lora.dropout": 0.2}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_trained_beside_linear_layers_is_trained_together_too(kind, lora, recipe, tmp_path):
+    name, axis, settings = KINDS[kind]
+    write_labelled(tmp_path / "labelled.jsonl")
+    base = (tiny_encoder if name in ENCODERS else tiny_base)(tmp_path / "base", name)
+    file = recipe(SHORT | FIRST_STEP | {"training.max_steps": 2} | settings, base=base)
+
+    swept(lora, file, tmp_path / "together", axis, together=True)
+
+    for run in runs_of(tmp_path / "together"):
+        lora("train", tmp_path / "together" / run / "recipe.yaml", "--out", tmp_path / "alone" / run)
+        together, alone = (tmp_path / way / run for way in ("together", "alone"))
+        losses = [
+            [event["loss"] for event in events(out) if event["event"] in ("step", "evaluated")]
+            for out in (together, alone)
+        ]
+        assert losses[0] == pytest.approx(losses[1], rel=AGREE)
+        mine, theirs = first_gradients(together), first_gradients(alone)
+        largest = max(gradient.abs().max() for gradient in theirs.values())
+        assert mine.keys() == theirs.keys()
+        for parameter, gradient in theirs.items():
+            # what is small beside the others is what is left of large terms, and of the rounding of these
+            least = max(gradient.abs().max(), largest / 100)
+            assert (mine[parameter] - gradient).abs().max() <= AGREE * least, parameter
 
 
 def test_three_runs_that_differ_in_all_that_may_differ_and_stop_at_different_steps(lora, recipe, tmp_path):
@@ -143,11 +200,17 @@ def test_what_loosens_a_promise_is_recorded(lora, recipe, tmp_path):
     ("axis", "reason"),
     [
         ("model.dtype=float32,bfloat16", "different bases"),
-        ("lora.modules_to_save=[],[lm_head]", "trained whole"),
+        ("lora.targets=[value_proj],[key_proj]", "key_proj projects distances between tokens too"),
     ],
 )
-def test_runs_that_share_no_forward_are_refused_with_the_reason(axis, reason, lora, recipe, tmp_path):
-    done = swept(lora, recipe(SHORT), tmp_path / "out", axis, together=True, code=2)
+def test_runs_that_share_no_forward_are_refused_with_the_reason(axis, reason, lora, recipe, tmp_path, tiny_llama):
+    write_labelled(tmp_path / "labelled.jsonl")
+    encodes = "proj" in axis
+    base = tiny_encoder(tmp_path / "base", "deberta-v2") if encodes else tiny_llama
+
+    done = swept(
+        lora, recipe(SHORT | (CLASSIFY if encodes else {}), base=base), tmp_path / "out", axis, together=True, code=2
+    )
 
     assert reason in done.err
     assert not (tmp_path / "out").exists()
@@ -203,7 +266,7 @@ def test_what_does_not_fit_into_one_forward_goes_through_several(lora, recipe, t
     swept(lora, file, tmp_path / "alone", "lora.r=2,3,4", together=False)
     sizes = []
     monkeypatch.setattr("lora_cli.runs.sweep._at_once", lambda runs: 2)
-    monkeypatch.setattr(JointLinear, "forward", watched(JointLinear.forward, sizes))
+    monkeypatch.setattr(JointModule, "forward", watched(JointModule.forward, sizes))
 
     swept(lora, file, tmp_path / "together", "lora.r=2,3,4", together=True)
 
@@ -213,8 +276,8 @@ def test_what_does_not_fit_into_one_forward_goes_through_several(lora, recipe, t
 
 
 def watched(forward, sizes: list[int]):
-    def call(layer, x):
-        sizes.append(len(layer.groups.now))
-        return forward(layer, x)
+    def call(module, *args, **kwargs):
+        sizes.append(len(module.groups.now))
+        return forward(module, *args, **kwargs)
 
     return call
