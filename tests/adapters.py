@@ -10,10 +10,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from lora_cli.lora.adapter import Adapter
 from lora_cli.lora.base_files import fingerprint
 from lora_cli.lora.config import LoRAConfig
-from lora_cli.lora.inject import inject, linears, lora_layers
+from lora_cli.lora.inject import inject, lora_layers, names_of_targets, trained_beside
 from lora_cli.lora.peft_format import save_adapter
-from lora_cli.lora.targets import choose_targets, shortest_suffixes
+from lora_cli.lora.targets import choose_targets
 from lora_cli.lora.weights import fan_in_fan_out, weights_of
+from lora_cli.models.load import by_name_alone
 
 ROWS = [[5, 17, 200, 31, 8, 90, 41], [7, 300, 12, 12, 64]]
 
@@ -23,15 +24,18 @@ def load(folder: Path) -> PreTrainedModel:
 
 
 def random_adapter(
-    folder: Path, targets="all-linear", *, size: float = 0.02, seed: int = 1, layers=None, **settings
+    folder: Path, targets="all-linear", *, size: float = 0.02, seed: int = 1, layers=None, whole=(), **settings
 ) -> Adapter:
-    """An adapter of the base in `folder`, which it names; updates have entries of about `size` · √r · scale."""
+    """An adapter of the base in `folder`, which it names; updates have entries of about `size` · √r · scale.
+
+    So is what moves beside the layers: modules trained `whole`, and what the `settings` say of biases and tokens.
+    """
     model = load(folder)
-    head = () if targets != "all-linear" else [path for path in linears(model) if path.endswith("lm_head")]
-    paths = choose_targets(targets, list(linears(model)), head=head, layers=layers)
-    suffixes = shortest_suffixes(paths, [name for name, _ in model.named_modules()])
-    config = LoRAConfig(**{"r": 4, "lora_alpha": 8, "target_modules": suffixes} | settings)
-    inject(model, config, paths)
+    paths = choose_targets(targets, list(weights_of(model)), head=by_name_alone(model), layers=layers)
+    modules, parameters = names_of_targets(model, paths)
+    own = {"target_modules": modules, "target_parameters": parameters, "modules_to_save": tuple(whole)}
+    config = LoRAConfig(**{"r": 4, "lora_alpha": 8} | own | settings)
+    inject(model, config, paths, whole=whole)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for layer in lora_layers(model).values():
@@ -39,6 +43,9 @@ def random_adapter(
             layer.lora_B.normal_(std=size, generator=generator)
             if layer.magnitude is not None:
                 layer.magnitude.mul_(1 + torch.rand(layer.magnitude.shape, generator=generator))
+        for module in trained_beside(model).values():
+            for parameter in (p for p in module.parameters() if p.requires_grad):
+                parameter.add_(size * torch.randn(parameter.shape, generator=generator))
     return Adapter.of(model, config, fingerprint(folder))
 
 

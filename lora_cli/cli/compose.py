@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from lora_cli.cli.options import AdapterOutOption, JsonOption, MismatchOption
+from lora_cli.cli.options import AdapterOutOption, JsonOption, MismatchOption, TrustOption
 
 if TYPE_CHECKING:
     from lora_cli.export.adapter_folder import Made
@@ -36,8 +36,13 @@ def compose(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Of what dare drops.")] = 0,
+    base: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Their base: for heads, biases and rows whose weights don't add up to 1."),
+    ] = None,
     allow_base_mismatch: MismatchOption = False,
     as_json: JsonOption = False,
+    trust_remote_code: TrustOption = None,
 ) -> None:
     """Add adapters of one base, with weights, into one plain adapter, and say how exact it is.
 
@@ -46,6 +51,7 @@ def compose(
     from lora_cli.cli.console import show_json, working
     from lora_cli.errors import Problem, RecipeError
     from lora_cli.lora.algebra import How
+    from lora_cli.models.base import resolve_base
     from lora_cli.runs.compose import compose_folders
 
     if density == 0:
@@ -57,6 +63,7 @@ def compose(
             out,
             weights=parts,
             how=How(method, r, density, seed),
+            base=resolve_base(base) if base else None,
             allow_base_mismatch=allow_base_mismatch,
             progress=progress,
         )

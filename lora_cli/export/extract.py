@@ -1,7 +1,7 @@
 """Extracting: what a full fine-tune did to a base, as an adapter: ΔW = W_tuned − W_base, each cut to its best low rank.
 
-Both models are read one tensor at a time, and one pair of tensors is in memory. What a LoRA adapter can't hold
-(embeddings, norms, biases, experts, weights that were not chosen) is measured, and named wherever it has changed.
+Both models are read one tensor at a time, and one pair of tensors is in memory. What the adapter can't hold
+(norms, biases, weights that were not chosen) is measured, and named wherever it has changed.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence

@@ -7,7 +7,7 @@
 transformers' own loading rules translate, so what is found here is what `from_pretrained` will load.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -24,7 +24,7 @@ from lora_cli.lora.config import of_expert
 from lora_cli.lora.tokens import ROWS
 from lora_cli.lora.vocabulary import of_vocabulary
 from lora_cli.lora.weights import Weight, weights_of
-from lora_cli.models.heads import head_of, may_be_new
+from lora_cli.models.heads import Head, head_of, may_be_new
 from lora_cli.models.load import skeleton
 
 if TYPE_CHECKING:
@@ -157,6 +157,18 @@ def tables_in_files(folder: Path, adapter: Adapter) -> list[Table]:
     if lost := set(adapter.tables) - {table.path for table in found}:
         raise ModelError(_missing(min(lost), folder))
     return found
+
+
+def parameters_of(folder: Path, head: Head | None = None) -> Callable[[str], Tensor | None]:
+    """(parameter) -> the base's own as it is stored; None where its files have none, as of a head that is new."""
+    model, stored = skeleton(folder, head), stored_tensors(folder)
+    names = names_in_files(model, stored)
+
+    def read(parameter: str) -> Tensor | None:
+        place = place_of(model, parameter, names, transposed=False, own_names=False)
+        return read_weight(stored[place.tensor]) if place else None
+
+    return read
 
 
 @dataclass(frozen=True)

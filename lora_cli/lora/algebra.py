@@ -18,6 +18,7 @@ from lora_cli.errors import ModelError, Problem, RecipeError
 from lora_cli.lora import sparse
 from lora_cli.lora.adapter import Adapter, Factors
 from lora_cli.lora.base_files import Fingerprint
+from lora_cli.lora.beside import Beside, Read, Term, no_base, sum_beside
 from lora_cli.lora.config import LoRAConfig, of_expert
 from lora_cli.lora.inject import generator_for
 from lora_cli.lora.svd import SVD, distance, of_dense, of_factors
@@ -34,15 +35,6 @@ class Fit:
 
 Fits = Mapping[str, Fit]  # by module
 PLAIN = "make it plain: `lora merge` it, then `lora extract --base M --tuned merged/ --r N`"
-
-
-@dataclass(frozen=True)
-class Term:
-    """An adapter and how much of it; `name` is what a message calls it."""
-
-    adapter: Adapter
-    weight: float = 1.0
-    name: str = "the adapter"
 
 
 Combine = Callable[[Sequence[Tensor], Sequence[float], float, Generator], Tensor]
@@ -82,26 +74,31 @@ class How:
 
 
 def compose(
-    terms: Sequence[Term], how: How | None = None, *, each: Callable[[str], None] = lambda path: None
+    terms: Sequence[Term],
+    how: How | None = None,
+    *,
+    read: Read = no_base,
+    each: Callable[[str], None] = lambda path: None,
 ) -> tuple[Adapter, Fits]:
     """The combination, and how far each module is from what the method asks for, for want of rank.
 
-    `each` is told every module's path as its turn comes. Raises ModelError for DoRA layers that can't be added.
+    What is trained beside the layers is added by every method, and never thinned out; `read` gives what the base has
+    there. `each` is told every module's path as its turn comes. Raises ModelError for what can't be added.
     """
     how = how or How()
     _refuse_other_tasks(terms)
-    _refuse_extras(terms)
-    if any(term.adapter.config.use_dora for term in terms):
-        adapter = _side_by_side(terms, how)
-        return adapter, {path: Fit(of_factors(factors, 1.0).norm) for path, factors in adapter.layers.items()}
     counted = [term for term in terms if term.weight]
+    beside = sum_beside(counted, read)
+    if any(term.adapter.config.use_dora for term in terms):
+        adapter = _side_by_side(terms, beside, how)
+        return adapter, {path: Fit(of_factors(factors, 1.0).norm) for path, factors in adapter.layers.items()}
     layers, fits = {}, {}
     for path in dict.fromkeys(path for term in counted for path in term.adapter.layers):
         each(path)
         here = [term for term in counted if path in term.adapter.layers]
         combined = _dense if METHODS[how.method].combine else _exact
         layers[path], fits[path] = combined(here, path, how)
-    return _of_layers(terms, layers, _targets(counted)), fits
+    return _of_layers(terms, layers, beside, _targets(counted)), fits
 
 
 def weighted_sum(terms: Sequence[Term], path: str) -> Factors:
@@ -209,7 +206,7 @@ def _dense(terms: Sequence[Term], path: str, how: How) -> tuple[Factors, Fit]:
     return factors, Fit(norm, distance(combined, factors) / norm if norm else 0.0)
 
 
-def _side_by_side(terms: Sequence[Term], how: How) -> Adapter:
+def _side_by_side(terms: Sequence[Term], beside: Beside, how: How) -> Adapter:
     """DoRA adapters with no module in common, each as it is: the one sum of them that is exact."""
     _refuse_dora_sum(terms, how)
     layers = {
@@ -217,33 +214,14 @@ def _side_by_side(terms: Sequence[Term], how: How) -> Adapter:
         for term in terms
         for path, factors in term.adapter.layers.items()
     }
-    return _of_layers(terms, layers, _targets(terms))
+    return _of_layers(terms, layers, beside, _targets(terms))
 
 
-def _of_layers(terms: Sequence[Term], layers: Mapping[str, Factors], targets: Sequence[str]) -> Adapter:
-    """The result, with what the one adapter that trains modules whole has of them."""
+def _of_layers(terms: Sequence[Term], layers: Mapping[str, Factors], beside: Beside, targets: Sequence[str]) -> Adapter:
     layers, forms = evened(layers), {path: form for term in terms for path, form in term.adapter.forms.items()}
     ranks = {path: len(factors.A) for path, factors in layers.items()}
-    config = plain_config(ranks, like=_like(terms), targets=targets)
-    holder = next((term.adapter for term in terms if term.adapter.extras), None)
-    if holder is None:
-        return Adapter(config, layers, _base(terms), forms=forms)
-    config = replace(config, modules_to_save=holder.config.modules_to_save)
-    return Adapter(config, layers, _base(terms), holder.extras, holder.labels, forms=forms)
-
-
-def _refuse_extras(terms: Sequence[Term]) -> None:
-    """Modules trained whole are no updates: they can't be added, nor weighted."""
-    holders = [term for term in terms if term.adapter.extras]
-    if len(holders) > 1:
-        names = " and ".join(term.name for term in holders)
-        what = f"{names} each have modules that are trained whole ({', '.join(holders[0].adapter.extras)})"
-    elif holders and holders[0].weight != 1:
-        what = f"{holders[0].name} has modules that are trained whole ({', '.join(holders[0].adapter.extras)})"
-    else:
-        return
-    fix = "compose at most one such adapter, with a weight of 1: whole modules can't be added or weighted"
-    raise ModelError(Problem(what, fix=fix))
+    config = beside.put_into(plain_config(ranks, like=_like(terms), targets=targets))
+    return Adapter(config, layers, _base(terms), beside.extras, beside.labels, forms=forms)
 
 
 def _refuse_dora_sum(terms: Sequence[Term], how: How) -> None:
@@ -272,7 +250,6 @@ def _like(terms: Sequence[Term]) -> LoRAConfig:
     return replace(
         configs[0],
         target_parameters=_parameters(terms),
-        modules_to_save=(),
         base_model_name_or_path=named.base_model_name_or_path,
         revision=named.revision,
         task_type=task,

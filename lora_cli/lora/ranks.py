@@ -4,6 +4,7 @@ import heapq
 from collections.abc import Mapping
 
 from lora_cli.errors import Problem, RecipeError
+from lora_cli.lora.config import of_expert
 from lora_cli.lora.svd import SVD
 
 BYTES_EACH = 4  # adapters are stored in float32
@@ -32,7 +33,11 @@ def by_budget(spectra: Mapping[str, SVD], parameters: int) -> dict[str, int]:
 
     Raises RecipeError when one term a module is too much already.
     """
-    cost = {path: len(found.U) + len(found.V) for path, found in spectra.items()}
+    groups: dict[str, list[str]] = {}  # experts of one parameter have one rank
+    for path in spectra:
+        groups.setdefault(of_expert(path)[0], []).append(path)
+    cost = {name: sum(len(spectra[p].U) + len(spectra[p].V) for p in paths) for name, paths in groups.items()}
+    most = {name: max(len(spectra[p].S) for p in paths) for name, paths in groups.items()}
     left = parameters - sum(cost.values())
     if left < 0:
         raise RecipeError(
@@ -41,19 +46,19 @@ def by_budget(spectra: Mapping[str, SVD], parameters: int) -> dict[str, int]:
                 fix="allow more, or take an adapter of fewer modules",
             )
         )
-    ranks = dict.fromkeys(spectra, 1)
-    queue = [(-_gain(spectra[path], 1, cost[path]), path) for path in spectra if len(spectra[path].S) > 1]
+
+    def gain(name: str, term: int) -> float:
+        return sum(float(spectra[p].S[term]) ** 2 for p in groups[name] if term < len(spectra[p].S)) / cost[name]
+
+    ranks = dict.fromkeys(groups, 1)
+    queue = [(-gain(name, 1), name) for name in groups if most[name] > 1]
     heapq.heapify(queue)
     while queue:
-        _, path = heapq.heappop(queue)
-        if cost[path] > left:
+        _, name = heapq.heappop(queue)
+        if cost[name] > left:
             continue  # a cheaper module may still fit
-        left -= cost[path]
-        ranks[path] += 1
-        if ranks[path] < len(spectra[path].S):
-            heapq.heappush(queue, (-_gain(spectra[path], ranks[path], cost[path]), path))
-    return ranks
-
-
-def _gain(found: SVD, term: int, cost: int) -> float:
-    return float(found.S[term]) ** 2 / cost
+        left -= cost[name]
+        ranks[name] += 1
+        if ranks[name] < most[name]:
+            heapq.heappush(queue, (-gain(name, ranks[name]), name))
+    return {path: ranks[name] for name, paths in groups.items() for path in paths}

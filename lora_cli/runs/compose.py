@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lora_cli.errors import DivergedError, ModelError, Problem, RecipeError
 from lora_cli.export.adapter_folder import Made, made_by, write_adapter
+from lora_cli.export.names import parameters_of
 from lora_cli.export.staging import refuse_output
 from lora_cli.export.table import is_transposed
 from lora_cli.lora.adapter import Adapter
@@ -19,8 +20,12 @@ from lora_cli.lora.algebra import (
     spectra,
     truncate,
 )
+from lora_cli.lora.base_files import fingerprint
+from lora_cli.lora.beside import Read, no_base
 from lora_cli.lora.completion import load_for
 from lora_cli.lora.svd import SVD
+from lora_cli.models.base import Base
+from lora_cli.models.heads import head_of
 
 
 def compose_folders(
@@ -29,10 +34,14 @@ def compose_folders(
     *,
     weights: Sequence[float],
     how: How,
+    base: Base | None = None,
     allow_base_mismatch: bool = False,
     progress: Callable[[str], None] = lambda path: None,
 ) -> Made:
-    """Compose the adapters in `folders` and write the result. Raises before any work for what doesn't go together."""
+    """Compose the adapters in `folders` and write the result. Raises before any work for what doesn't go together.
+
+    The base is needed for what is trained beside layers, where the weights of that don't add up to 1.
+    """
     _check_settings(folders, weights, how)
     refuse_output(out)
     terms = [Term(load_for(folder), weight, str(folder)) for folder, weight in zip(folders, weights, strict=True)]
@@ -40,7 +49,10 @@ def compose_folders(
     transposed = {is_transposed(folder) for folder in folders}
     if len(transposed) > 1 or (problems := shape_problems(terms)):
         raise ModelError(*(problems[:3] if len(transposed) == 1 else [_mixed_storage()]))
-    adapter, fits = compose(terms, how, each=progress)
+    if base:
+        differences += _check_is_base(base, terms, allow=allow_base_mismatch)
+    read = _reader(base, terms) if base else no_base
+    adapter, fits = compose(terms, how, read=read, each=progress)
     _check_acts(adapter)
     adapter = replace(adapter, tokenizer=next((t.adapter.tokenizer for t in terms if t.adapter.tokenizer), None))
     settings = {"method": how.method, "r": how.r, "allow_base_mismatch": differences}
@@ -117,6 +129,17 @@ def _check_acts(adapter: Adapter) -> None:
         raise DivergedError(
             Problem("with these weights the adapters cancel: the sum does nothing", fix="give other `--weights`")
         )
+
+
+def _check_is_base(base: Base, terms: Sequence[Term], *, allow: bool) -> list[str]:
+    found = fingerprint(base.folder)
+    return list(dict.fromkeys(n for t in terms for n in t.adapter.check_base(found, base.folder, allow=allow)))
+
+
+def _reader(base: Base, terms: Sequence[Term]) -> Read:
+    """Of what the base has where an adapter trains something beside its layers."""
+    heads = (head_of(term.adapter) for term in terms)
+    return parameters_of(base.folder, next((head for head in heads if head), None))
 
 
 def _mixed_storage() -> Problem:

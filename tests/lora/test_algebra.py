@@ -297,13 +297,23 @@ def test_a_module_trained_whole_comes_along_as_it_is_and_goes_when_its_adapter_i
     assert small.extras == found.extras
 
 
-@pytest.mark.parametrize(("first", "second"), [((True, 1.0), (True, 1.0)), ((True, 0.5), (False, 1.0))])
-def test_modules_trained_whole_are_neither_added_nor_weighted(first, second, bases):
-    adapter = random_adapter(bases["llama"])
-    terms = [Term(with_head(adapter) if headed else adapter, weight) for headed, weight in (first, second)]
+def test_classifiers_are_averaged_and_those_of_other_labels_are_not(bases):
+    """A head that is new has nothing in the base that it could be added to."""
+    heads = [torch.full((2, 32), value) for value in (1.0, 3.0)]
+    terms = [
+        Term(replace(random_adapter(bases["llama"]), extras={"score": {"weight": W}}, labels=("no", "yes")), 0.5)
+        for W in heads
+    ]
 
-    with pytest.raises(ModelError, match=r"modules that are trained whole \(lm_head\)"):
-        compose(terms)
+    found, _ = compose(terms)
+
+    assert torch.equal(found.extras["score"]["weight"], torch.full((2, 32), 2.0))
+    assert found.labels == ("no", "yes")
+    with pytest.raises(ModelError, match=r"the base has no score.weight, so what was trained of it can be averaged"):
+        compose([replace(term, weight=1.0) for term in terms], read=lambda parameter: None)
+    other = Term(replace(terms[1].adapter, labels=("a", "b")), 0.5, "other")
+    with pytest.raises(ModelError, match="the classifiers know other labels"):
+        compose([terms[0], other])
 
 
 def test_adapters_of_different_tasks_are_not_added(bases):
