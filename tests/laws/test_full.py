@@ -44,11 +44,12 @@ def test_gradients_are_those_of_transformers_and_autograd(architecture, packing,
 
     lora("train", file)
 
-    plain = gradients_of_transformers(base, file)
+    exact, plain = (gradients_of_transformers(base, file, dtype) for dtype in (torch.float64, torch.float32))
     moments = load_file(tmp_path / "out/checkpoints/step-0000001/optimizer.safetensors")
     ours = {name.removesuffix("/exp_avg"): 10 * m for name, m in moments.items() if name.endswith("/exp_avg")}
     assert ours.keys() == plain.keys()
-    assert max(relative_difference(ours[name], plain[name]) for name in plain) <= AGREE
+    apart, rounding = (max(relative_difference(found[name], exact[name]) for name in exact) for found in (ours, plain))
+    assert apart <= max(AGREE, 1.2 * rounding)  # of transformers' own float32, which Gemma 2's scales bring past 1e-6
 
 
 def test_what_is_saved_is_what_was_trained_and_an_ordinary_model(lora, full, tmp_path):
@@ -191,10 +192,10 @@ def test_every_command_counts_every_weight(lora, full, tmp_path):
     assert "36,000 of 36,000" in (tmp_path / "out/README.md").read_text()
 
 
-def gradients_of_transformers(base, recipe) -> dict[str, torch.Tensor]:
+def gradients_of_transformers(base, recipe, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Of the mean over all trained tokens, row by row, without packing, masks or code of ours."""
     rows = prepare(read_recipe(recipe), RunFolder(recipe.parent / "unused")).rows.train
-    model = AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager", dtype=dtype)
     trained = sum(weight > 0 for row in rows for weight in row.weights)
     for row in rows:
         labels = torch.tensor(
