@@ -3,6 +3,10 @@
 The head is frozen, so the only gradient is that of the hidden states, [rows, hidden]. It is made in the forward, while
 the stretch's logits are there, and nothing else is kept: logits [rows, vocabulary] of a whole batch are the largest
 tensor of a plain step, and the loss makes three of them.
+
+`torch.nn.functional.linear_cross_entropy` (torch 2.13) was measured beside it: SmolLM2-135M's head, 256 rows in float32,
+forward and backward on one thread of a CPU. 0.6 s here and in torch's stretches of 256 rows, 0.75 s in its plain form,
+8 s in the short stretches it chooses itself. It has no scale and no softcap, and for weights of rows makes its stretches twice.
 """
 
 from typing import Any, NamedTuple

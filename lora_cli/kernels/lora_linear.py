@@ -6,6 +6,10 @@ does not do:
     forward    the update is added into the output by the product that makes it; no scaled copy, no sum
     kept       x, which A's gradient needs, and x Aᵀ, r numbers a row; no copies of A and B in the base's type
     backward   dx = dy W and then, into the same memory, the update's share; no gradient of W
+
+Linears that share an input (q, k and v; gate and up) each multiply it by their own A: one product for all of them was
+at most 4 % faster in a block's linears alone (SmolLM2-135M's and Llama-3.2-1B's shapes, float32, one thread of a CPU),
+which is too little of a step for what it would tie together.
 """
 
 from typing import Any

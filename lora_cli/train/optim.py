@@ -14,7 +14,11 @@ OptimizerState = tuple[dict[str, Tensor], dict[str, dict]]
 
 
 def make_optimizer(settings: Training, parameters: Parameters) -> Optimizer:
-    """AdamW over the trainable parameters, fused where torch can; bitsandbytes' forms on request."""
+    """AdamW over the trainable parameters, fused; bitsandbytes' forms on request.
+
+    One flat tensor of all would save 7 of 19 ms a step, with clipping (SmolLM2-135M, r = 16 on all linears, one thread of
+    a CPU): a thousandth of the step.
+    """
     return OPTIMIZERS[settings.optimizer](
         parameter_groups(settings, parameters), lr=settings.learning_rate, weight_decay=settings.weight_decay
     )
