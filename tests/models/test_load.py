@@ -1,6 +1,7 @@
 """Models and tokenizers in memory: complete or refused, frozen, of the type that was asked for."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -112,6 +113,29 @@ def test_an_unknown_architecture_is_refused(base):
 
     with pytest.raises(ModelError, match="the base can't be loaded"):
         load(base)
+
+
+def mapped(folder) -> list[range]:
+    """Where this process has the files of a folder in its memory."""
+    lines = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(folder) in line]
+    return [range(*(int(end, 16) for end in line.split()[0].split("-"))) for line in lines]
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux tells what is mapped")
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "gpt2"])
+def test_a_base_in_shards_is_its_mapped_files_and_in_another_type_nothing_stays_of_them(name, tmp_path):
+    """So each byte is read once, when it is used or converted, and none lies in memory twice."""
+    base = tiny_base(tmp_path / "base", name, max_shard_size="60KB")
+    assert len(list(base.glob("*.safetensors"))) > 1
+
+    model = load(base)
+    places = mapped(base)
+    assert all(any(p.data_ptr() in place for place in places) for p in model.parameters())
+    del model
+
+    converted = load(base, dtype=torch.bfloat16)
+    assert all(p.dtype == torch.bfloat16 for p in converted.parameters())
+    assert mapped(base) == []
 
 
 def test_an_attention_that_is_not_installed_says_what_to_use(base):
