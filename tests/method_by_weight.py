@@ -121,7 +121,10 @@ NOTES = """\
   the file says 0. `lora inspect`, `compose`, `resize` and `extract` treat each expert as a weight of its own,
   `experts.down_proj[3]`, and a merge writes each into its own tensor where the base's files have it so.
 - **Convolutions** with several groups are refused: PEFT's update sees all channels, and no grouped weight could hold it
-  merged. Dilation and padding modes are the base's own; PEFT passes neither on, and reads such an adapter wrongly.
+  merged. Dilation and padding modes are the base's own; PEFT passes neither on, and reads such an adapter wrongly. Through
+  the command line they are proved where text reaches them (`tests/cli/test_convolutions.py`): SqueezeBERT's layers of one
+  point, and DeBERTa-v2's convolution over three tokens; Conv2d and Conv3d as layers, and in the ViT above. The depthwise
+  ones of Mamba, LFM2 and Falcon-H1 have a group a channel.
 - nf4 and int8 weights are merged into the 16-bit base.
 - **Quantised on disk.** A base whose own `config.json` has a `quantization_config` is loaded as it is (leave `model.quantize`
   out) wherever transformers and the package that it names can; its layer computes, and the adapter stands beside it in
