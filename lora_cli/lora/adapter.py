@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lora_cli.errors import DivergedError, ModelError, Problem
 from lora_cli.lora.base_files import Fingerprint
-from lora_cli.lora.biases import NONE
+from lora_cli.lora.biases import LORA_ONLY, NONE
 from lora_cli.lora.config import LoRAConfig, of_expert
 from lora_cli.lora.identity import TokenizerFingerprint
 from lora_cli.lora.inject import lora_layers, remove, trained_beside, wrap
@@ -160,7 +160,9 @@ class Adapter:
             of_bias = f"`bias: {self.config.bias}`, and that"
             says = of_bias if self.config.bias != NONE else "`trainable_token_indices`, and those"
             what = f"the adapter is not whole: it says {says} of {min(without)} is not in it"
-            raise ModelError(Problem(what, fix="copy or train the adapter again"))
+            lost = "; PEFT 0.10 to 0.14, and some around them, did not save these biases"
+            fix = "copy or train the adapter again" + (lost if self.config.bias == LORA_ONLY else "")
+            raise ModelError(Problem(what, fix=fix))
         self.copy_into(model)
 
     def copy_into(self, model: nn.Module) -> None:

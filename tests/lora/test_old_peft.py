@@ -1,56 +1,57 @@
-"""Adapters as earlier PEFTs wrote them: their keys of adapter_config.json and names of tensors, from their own sources."""
+"""Adapters that earlier PEFTs wrote (`scripts/old_peft.py`), each beside the logits that its own PEFT gave with it."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from layers import relative_difference
-from safetensors.torch import save_file
-from tiny import tiny_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
-from lora_cli.errors import SafetyError
+from lora_cli.errors import ModelError, SafetyError
 from lora_cli.lora.peft_format import load_adapter
 
-IDS = torch.tensor([[5, 17, 200, 31, 8, 90, 41], [7, 300, 12, 12, 64, 1, 2]])
-PATH = "model.layers.{}.self_attn.q_proj"
-SHARED = {
-    "alpha_pattern": {}, "auto_mapping": None, "base_model_name_or_path": "some/base", "bias": "none",
-    "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True, "layers_pattern": None,
-    "layers_to_transform": None, "lora_alpha": 6, "lora_dropout": 0.05, "modules_to_save": None, "peft_type": "LORA",
-    "r": 4, "rank_pattern": {}, "revision": None, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM",
-}  # fmt: skip
-MEGATRON = {"loftq_config": {}, "megatron_config": None, "megatron_core": "megatron.core"}
-CONFIGS = {
-    "0.6.2": SHARED,
-    "0.10.0": SHARED | MEGATRON | {"layer_replication": None, "use_dora": False, "use_rslora": True},
-    "0.14.0": SHARED
-    | MEGATRON
-    | {"eva_config": None, "exclude_modules": None, "layer_replication": None, "lora_bias": False, "use_dora": False}
-    | {"use_rslora": True},
-}
+FOLDER = Path(__file__).with_name("old_peft")
+ADAPTERS = sorted(str(file.parent.relative_to(FOLDER)) for file in FOLDER.glob("*/*/adapter_config.json"))
+WITHOUT_BIASES = ["0.10.0/biases-of-LoRA", "0.14.0/biases-of-LoRA"]  # these PEFTs trained them, and did not save them
 
 
-@pytest.mark.parametrize("version", CONFIGS)
-def test_an_adapter_of_an_earlier_peft_answers_as_its_formula(version, tmp_path):
-    config, generator = CONFIGS[version], torch.Generator().manual_seed(1)
-    scale = 6 / 4**0.5 if config.get("use_rslora") else 6 / 4
-    expected, tensors = tiny_model("llama"), {}
-    for i in range(2):
-        A, B = torch.randn(4, 32, generator=generator) / 6, torch.randn(32, 4, generator=generator) / 6
-        tensors |= {f"base_model.model.{PATH.format(i)}.lora_{part}.weight": t for part, t in (("A", A), ("B", B))}
-        expected.get_submodule(PATH.format(i)).weight.data += scale * B @ A
-    save_file(tensors, tmp_path / "adapter_model.safetensors", {"format": "pt"})
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+def base_of(adapter: Path):
+    name = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    return AutoModelForCausalLM.from_pretrained(FOLDER / name, dtype=torch.float32).eval()
 
-    model = tiny_model("llama")
-    load_adapter(tmp_path).inject_into(model)
 
+def answers(model, ids) -> torch.Tensor:
     with torch.no_grad():
-        assert relative_difference(model(input_ids=IDS).logits, expected(input_ids=IDS).logits) <= 1e-6
+        return model.eval()(input_ids=ids).logits
+
+
+@pytest.mark.parametrize("name", [name for name in ADAPTERS if name not in WITHOUT_BIASES])
+def test_an_adapter_of_an_earlier_peft_answers_as_it_did_there(name):
+    adapter = FOLDER / name
+    theirs, model = load_file(adapter / "logits.safetensors"), base_of(adapter)
+    plain = answers(model, theirs["ids"])
+
+    load_adapter(adapter).inject_into(model)
+
+    assert relative_difference(answers(model, theirs["ids"]), theirs["logits"]) <= 2e-6
+    assert relative_difference(plain, theirs["logits"]) > 1e-3  # the adapter does something
+
+
+@pytest.mark.parametrize("name", WITHOUT_BIASES)
+def test_an_adapter_that_its_peft_did_not_save_whole_is_refused(name):
+    with pytest.raises(
+        ModelError, match="it says `bias: lora_only`, and that of transformer.h.0.attn.c_attn is not in"
+    ) as error:
+        load_adapter(FOLDER / name).inject_into(base_of(FOLDER / name))
+
+    assert "PEFT 0.10 to 0.14, and some around them, did not save these biases" in error.value.problems[0].fix
 
 
 def test_the_pickle_that_the_first_pefts_wrote_is_refused_with_the_way_to_convert(tmp_path):
-    (tmp_path / "adapter_config.json").write_text(json.dumps(SHARED))
+    shutil.copy(FOLDER / ADAPTERS[0] / "adapter_config.json", tmp_path)
     (tmp_path / "adapter_model.bin").write_bytes(b"")
 
     with pytest.raises(SafetyError, match=r"adapter_model\.bin is a pickle") as error:
