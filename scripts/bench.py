@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from datetime import date
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
@@ -121,7 +122,7 @@ def gpu_races(folder: Path) -> list[Race]:
     """Small and large batches, with all activations kept and with every block computed again."""
     races = []
     for name in SHAPES:
-        base, vocabulary = random_base(folder, name)
+        base, vocabulary = random_base(folder, name, "cuda")
         for count, length in ((1, 512), (4 if "8B" in name else 8, 2048)):
             for again in (False, True):
                 rows = random_rows(even_lengths(count * 9, length), vocabulary)
@@ -133,7 +134,7 @@ def gpu_races(folder: Path) -> list[Race]:
     return races
 
 
-def random_base(folder: Path, name: str) -> tuple[Path, int]:
+def random_base(folder: Path, name: str, device: str) -> tuple[Path, int]:
     """A model folder of a catalogue's shape, made once; and the size of its vocabulary."""
     from tokenizers import Tokenizer, models
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -143,7 +144,7 @@ def random_base(folder: Path, name: str) -> tuple[Path, int]:
     if not (out / "tokenizer_config.json").is_file():
         torch.manual_seed(0)
         given = {key: value for key, value in config.items() if key != "model_type"}
-        with torch.device("cuda"):
+        with torch.device(device):
             model = AutoModelForCausalLM.from_config(
                 AutoConfig.for_model(config["model_type"], **given), dtype=torch.bfloat16
             )
@@ -165,7 +166,8 @@ def run(race: Race, *, threads: int) -> dict[str, Result]:
 
 
 def _take_turns(race: Race, results: dict[str, Result], threads: int) -> None:
-    pipes = {name: _start(name, race.setting, threads) for name in results}
+    started = {name: _start(name, race.setting, threads) for name in results}
+    pipes = {name: pipe for name, (pipe, _) in started.items()}
     for number in range(len(race.setting.steps)):
         for name, pipe in pipes.items():
             result = results[name]
@@ -183,16 +185,18 @@ def _take_turns(race: Race, results: dict[str, Result], threads: int) -> None:
             result.losses.append(loss)
             if number >= race.warm:
                 result.seconds.append(seconds)
-    for pipe in pipes.values():
+    for pipe, process in started.values():
         pipe.close()
+        process.join()  # its memory is the next one's
 
 
-def _start(name: str, setting: Setting, threads: int) -> Connection:
+def _start(name: str, setting: Setting, threads: int) -> tuple[Connection, BaseProcess]:
     context = get_context("spawn")
     ours, theirs = context.Pipe()
-    context.Process(target=work, args=(name, setting, theirs, threads), daemon=True).start()
+    process = context.Process(target=work, args=(name, setting, theirs, threads), daemon=True)
+    process.start()
     theirs.close()
-    return ours
+    return ours, process
 
 
 def losses_agree(race: Race, results: dict[str, Result]) -> bool:

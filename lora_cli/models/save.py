@@ -31,6 +31,8 @@ def save_model(model: "PreTrainedModel", base: Base, folder: Path) -> None:
     config = AutoConfig.from_pretrained(base.folder)
     config.dtype, config.architectures = model.dtype, [_plain(model).__name__]
     config.save_pretrained(folder)
+    for file in weight_files(folder):  # safetensors writes for its owner alone
+        file.chmod((folder / CONFIG).stat().st_mode & 0o777)
 
 
 def check_saved(model: "PreTrainedModel", folder: Path) -> None:

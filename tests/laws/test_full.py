@@ -97,6 +97,18 @@ def test_the_best_model_is_kept_where_it_is_asked_for(lora, full, tmp_path):
     assert all(torch.equal(found[name], kept[name]) for name in found)
 
 
+def test_narrow_products_are_made_of_float32_masters(lora, full, tmp_path):
+    lora("train", full(), "--out", tmp_path / "wide")
+
+    lora("train", full({"model.dtype": "bfloat16"}), "--out", tmp_path / "narrow")
+
+    losses = [[event["loss"] for event in events(tmp_path / name, "step")] for name in ("wide", "narrow")]
+    narrow = load_file(tmp_path / "narrow/model.safetensors")
+    assert losses[0] != losses[1] == pytest.approx(losses[0], rel=1e-2)
+    assert {tensor.dtype for tensor in narrow.values()} == {torch.float32}
+    assert not any(torch.equal(tensor, tensor.bfloat16().float()) for tensor in narrow.values())
+
+
 def test_two_processes_are_one(lora, full, tmp_path):
     file = full({"training.global_batch_size": 6, "training.micro_batch_size": 2, "data.eval": "20%"})
     lora("train", file, "--out", tmp_path / "one")
