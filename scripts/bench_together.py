@@ -57,7 +57,7 @@ def main() -> None:
             found[way] = losses, [_gradients(run) for run in runs]
             if number:  # the first step warms up
                 taken[way].append((ended[0] - began[0], ended[1] - began[1]))
-        differences = list(map(max, differences, _differences(found)))
+        differences = torch.tensor([differences, _differences(found)], dtype=torch.float64).amax(dim=0).tolist()
     _tell(runs, batches, taken, differences)
     _tell_memory(runs, alone, table, batches)
 
@@ -89,7 +89,8 @@ def _differences(found: dict) -> tuple[float, float]:
     (losses, gradients), (others, theirs) = found.values()
     loss = max(abs(a - b) / abs(b) for a, b in zip(losses, others, strict=True))
     pairs = [(run[name], their[name]) for run, their in zip(gradients, theirs, strict=True) for name in their]
-    return loss, max(float((a - b).abs().max() / b.abs().max().clamp(min=1e-30)) for a, b in pairs)
+    # a maximum of torch's, which is not a number where any is not: Python's would pass it by
+    return loss, torch.stack([(a - b).abs().max() / b.abs().max().clamp(min=1e-30) for a, b in pairs]).max().item()
 
 
 def _tell(runs: Sequence[Run], batches: Sequence[Batch], taken: dict, differences: Sequence[float]) -> None:

@@ -88,6 +88,30 @@ def test_a_finished_run_resumed_stays_as_it_is(lora, recipe, tmp_path):
     assert hashes(tmp_path / "out") == before
 
 
+# What is trained beside, or instead of, linear layers: a base and settings
+KINDS = {
+    "experts": ("mixtral", {"lora.targets": ["experts.gate_up_proj", "experts.down_proj", "q_proj"], "lora.dropout": 0.0}),
+    "turned experts from OLoRA": ("gpt_oss", {"lora.targets": ["experts.down_proj"], "lora.init": "olora", "lora.dropout": 0.0}),
+    "table and head": ("llama-tied", {"lora.targets": ["embed_tokens", "lm_head", "q_proj"]}),
+    "positions, and all biases": ("gpt2", {"lora.targets": ["wpe", "c_attn"], "lora.bias": "all"}),
+    "rows of tokens, and norms": ("llama", {"lora.trainable_tokens": ["?"], "lora.modules_to_save": ["norm"]}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_weight_is_resumed_to_the_same_bytes(kind, lora, recipe, tmp_path):
+    name, settings = KINDS[kind]
+    short = {"training.max_steps": 3, "training.save_steps": 1, "training.eval_steps": None}
+    file = recipe(SETTINGS | short | settings, base=tiny_base(tmp_path / "base", name))
+    lora("train", file)
+    straight, curve = adapter_bytes(tmp_path / "out"), losses(tmp_path / "out")
+
+    resumed_after(2, tmp_path / "out", file, lora)
+
+    assert adapter_bytes(tmp_path / "out") == straight
+    assert losses(tmp_path / "out") == curve
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
