@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from lora_cli.cli.inspect import show_beside
 from lora_cli.cli.options import JsonOption
 
 if TYPE_CHECKING:
@@ -64,6 +65,9 @@ def diff(
     if found.pairs:
         _show_pairs(found.pairs)
         _show_overlap(found.pairs, side)
+    show_beside(found.beside, "‖A − B‖ / ‖A‖")
+    if found.dora:
+        show("note     a DoRA: what is compared is its low-rank part, without magnitudes")
     if picture is not None:
         show(f"written  {inert(str(picture))}")
 

@@ -10,7 +10,7 @@ from lora_cli.cli.compose import span
 from lora_cli.cli.options import JsonOption, MismatchOption, TrustOption
 
 if TYPE_CHECKING:
-    from lora_cli.runs.inspect import Inspection, Module
+    from lora_cli.runs.inspect import Beside, Inspection, Module
 
 BARS = "▁▂▃▄▅▆▇█"
 WIDTH = 16
@@ -54,6 +54,7 @@ def inspect(
         return
     _show_identity(found)
     _show_modules(found.modules, each=modules)
+    show_beside(found.beside, "of ‖W‖" if base else None)
     _show_advice(found)
 
 
@@ -116,6 +117,29 @@ def _show_modules(modules: Sequence["Module"], *, each: bool) -> None:
         row += [number(sum(m.intruders for m in group))] if counted else []
         table.add_row(*row, sparkline(_mean_spectrum(group)))
     out.print(table)
+
+
+def show_beside(parts: "Sequence[Beside]", relative: str | None) -> None:
+    """What is trained beside the layers; `relative` heads the column of how far it is from what it is compared with."""
+    from lora_cli.cli.console import inert, number, out, plain_table, show
+
+    if not parts:
+        return
+    show("")
+    table = plain_table("beside", "parameters", *([relative] if relative else []))
+    for path, kind, group in _by_kind_beside(parts):
+        far = [part.relative for part in group if part.relative is not None]
+        title = f"{len(group)} biases" if kind == "bias" else f"rows of {path}" if kind == "rows" else f"{path}, whole"
+        cells = [_range(far) if far else "–"] if relative else []
+        table.add_row(inert(title), number(sum(part.parameters for part in group)), *cells)
+    out.print(table)
+
+
+def _by_kind_beside(parts: "Sequence[Beside]") -> "list[tuple[str, str, list[Beside]]]":
+    """Each by itself, but for biases, which are many and small."""
+    alone = [(part.path, part.kind, [part]) for part in parts if part.kind != "bias"]
+    biases = [part for part in parts if part.kind == "bias"]
+    return alone + ([("", "bias", biases)] if biases else [])
 
 
 def _mean_spectrum(group: Sequence["Module"]) -> list[float]:

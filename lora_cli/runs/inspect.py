@@ -1,6 +1,6 @@
 """Looking into an adapter, and comparing two: module by module, from the factors alone; from the base what needs it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from math import sqrt
 from pathlib import Path
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lora_cli.errors import ModelError
-from lora_cli.export.names import places, read_parts
+from lora_cli.export.names import parameters_of, places, read_parts
 from lora_cli.lora.adapter import Adapter, Factors
 from lora_cli.lora.algebra import Term, shape_problems
 from lora_cli.lora.base_files import fingerprint, stored_tensors
@@ -19,6 +19,7 @@ from lora_cli.lora.spectrum import Side, effective_rank, inner_product, intruder
 from lora_cli.lora.svd import SVD, of_factors
 from lora_cli.lora.targets import kind_of
 from lora_cli.models.base import Base
+from lora_cli.models.heads import head_of
 
 ENERGY = 0.9
 
@@ -42,10 +43,22 @@ class Module:
 
 
 @dataclass(frozen=True)
+class Beside:
+    """What is trained beside the layers, at one path: `relative` is ‖W′ − W‖ / ‖W‖, or ‖A − B‖ / ‖A‖ of two adapters; None
+    where one of both is not there."""
+
+    path: str
+    kind: str  # whole, bias or rows
+    parameters: int
+    relative: float | None = None
+
+
+@dataclass(frozen=True)
 class Inspection:
     adapter: Adapter
     folder: Path
     modules: tuple[Module, ...]
+    beside: tuple[Beside, ...] = ()
 
     @property
     def suggested(self) -> tuple[int, dict[str, int]] | None:
@@ -70,6 +83,7 @@ class Inspection:
             "tokenizer_fingerprint": asdict(adapter.tokenizer) if adapter.tokenizer else None,
             "origin": adapter.origin,
             "modules": [asdict(module) for module in self.modules],
+            "beside": [asdict(part) for part in self.beside],
             "dead": [module.path for module in self.modules if module.dead],
             "suggested": {"r": suggested[0], "rank_pattern": suggested[1]} if suggested else None,
         }
@@ -93,6 +107,8 @@ class Comparison:
     only: tuple[tuple[str, ...], tuple[str, ...]]  # modules of A alone, of B alone
     same_base: bool | None  # None where one does not say
     pairs: tuple[Pair, ...]
+    beside: tuple[Beside, ...] = ()
+    dora: bool = False  # of one or both: the pairs are of the low-rank parts
 
     def as_dict(self) -> dict:
         return {
@@ -101,6 +117,7 @@ class Comparison:
             "only_in_b": list(self.only[1]),
             "same_base": self.same_base,
             "modules": [asdict(pair) | {"overlap": pair.overlap.tolist()} for pair in self.pairs],
+            "beside": [asdict(part) for part in self.beside],
         }
 
 
@@ -119,7 +136,8 @@ def inspect_adapter(
     for path in adapter.layers:
         progress(path)
         modules.append(_measured(adapter, path, read(path), find_intruders))
-    return Inspection(adapter, folder, tuple(modules))
+    own = parameters_of(base.folder, head_of(adapter)) if base else no_parameter
+    return Inspection(adapter, folder, tuple(modules), tuple(_beside(adapter, own)))
 
 
 def compare_adapters(first: Path, second: Path, side: Side = "input") -> Comparison:
@@ -137,6 +155,8 @@ def compare_adapters(first: Path, second: Path, side: Side = "input") -> Compari
         ),
         same_base=not a.base.differences(b.base) if a.base and b.base else None,
         pairs=tuple(_pair(path, _spectrum(a, path), _spectrum(b, path), side) for path in both),
+        beside=tuple(_both_beside(a, b)),
+        dora=a.config.use_dora or b.config.use_dora,
     )
 
 
@@ -175,6 +195,38 @@ def _measured(adapter: Adapter, path: str, W: Tensor | None, find_intruders: boo
         dead=not factors.act(),
         singular_values=tuple(found.S.tolist()),
     )
+
+
+def no_parameter(name: str) -> Tensor | None:
+    """Where there is no base to look into."""
+    return None
+
+
+def _beside(adapter: Adapter, own: Callable[[str], Tensor | None]) -> Iterator[Beside]:
+    tokens = list(adapter.config.trainable_tokens)
+    for path, state in adapter.extras.items():
+        rows = path in adapter.tables
+        found = {name: own(f"{path}.{'weight' if rows else name}") for name in state}
+        before = {name: W[tokens] if rows else W for name, W in found.items() if W is not None}
+        yield _part(adapter, path, _change(before, state))
+
+
+def _both_beside(a: Adapter, b: Adapter) -> Iterator[Beside]:
+    for path in dict.fromkeys([*a.extras, *b.extras]):
+        yield _part(a if path in a.extras else b, path, _change(a.extras.get(path, {}), b.extras.get(path, {})))
+
+
+def _part(adapter: Adapter, path: str, relative: float | None) -> Beside:
+    kind = "rows" if path in adapter.tables else "bias" if path in adapter.biases else "whole"
+    return Beside(path, kind, sum(tensor.numel() for tensor in adapter.extras[path].values()), relative)
+
+
+def _change(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> float | None:
+    """‖first − second‖ / ‖first‖ over all their tensors; None where they are not of the same shapes."""
+    if {name: W.shape for name, W in first.items()} != {name: W.shape for name, W in second.items()}:
+        return None
+    one, two = (torch.cat([state[name].double().flatten() for name in first]) for state in (first, second))
+    return float((one - two).norm() / one.norm()) if one.any() else None
 
 
 def _spectrum(adapter: Adapter, path: str) -> SVD:

@@ -90,8 +90,14 @@ def test_a_finished_run_resumed_stays_as_it_is(lora, recipe, tmp_path):
 
 # What is trained beside, or instead of, linear layers: a base and settings
 KINDS = {
-    "experts": ("mixtral", {"lora.targets": ["experts.gate_up_proj", "experts.down_proj", "q_proj"], "lora.dropout": 0.0}),
-    "turned experts from OLoRA": ("gpt_oss", {"lora.targets": ["experts.down_proj"], "lora.init": "olora", "lora.dropout": 0.0}),
+    "experts": (
+        "mixtral",
+        {"lora.targets": ["experts.gate_up_proj", "experts.down_proj", "q_proj"], "lora.dropout": 0.0},
+    ),
+    "turned experts from OLoRA": (
+        "gpt_oss",
+        {"lora.targets": ["experts.down_proj"], "lora.init": "olora", "lora.dropout": 0.0},
+    ),
     "table and head": ("llama-tied", {"lora.targets": ["embed_tokens", "lm_head", "q_proj"]}),
     "positions, and all biases": ("gpt2", {"lora.targets": ["wpe", "c_attn"], "lora.bias": "all"}),
     "rows of tokens, and norms": ("llama", {"lora.trainable_tokens": ["?"], "lora.modules_to_save": ["norm"]}),

@@ -228,6 +228,16 @@ def test_the_commands_take_every_kind(case, bases, lora, tmp_path):
     adapter = load_adapter(a)
     assert [module["path"] for module in inspected["modules"]] == list(adapter.layers)
     assert inspected["dead"] == []
+    assert {part["path"] for part in inspected["beside"]} == set(adapter.extras)
+    assert all(part["relative"] > 0 for part in inspected["beside"] if part["relative"] is not None)
+    theirs = load_adapter(tmp_path / "ab").extras
+    for part in compared["beside"]:
+        if part["path"] in adapter.extras and part["kind"] != "rows":
+            one, two = (
+                [state[n].flatten() for n in state] for state in (adapter.extras[part["path"]], theirs[part["path"]])
+            )
+            expected = (torch.cat(one) - torch.cat(two)).norm() / torch.cat(one).norm()
+            assert part["relative"] == pytest.approx(expected.item(), rel=1e-5)
     assert [module["path"] for module in compared["modules"]] == [
         path for path in adapter.layers if path in load_adapter(tmp_path / "ab").layers
     ]
