@@ -1,17 +1,20 @@
 """Adapters of tiny bases on disk, with random factors, small beside the weights; and what a base answers with them."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from layers import relative_difference
+from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lora_cli.lora.adapter import Adapter
 from lora_cli.lora.base_files import fingerprint
 from lora_cli.lora.config import LoRAConfig
-from lora_cli.lora.inject import inject, lora_layers, names_of_targets, trained_beside
-from lora_cli.lora.peft_format import save_adapter
+from lora_cli.lora.inject import disabled, inject, lora_layers, names_of_targets, remove, trained_beside
+from lora_cli.lora.peft_format import load_adapter, save_adapter
 from lora_cli.lora.targets import choose_targets
 from lora_cli.lora.weights import fan_in_fan_out, weights_of
 from lora_cli.models.load import by_name_alone
@@ -68,6 +71,32 @@ def logits_of(folder: Path, adapter: Adapter | None = None, rows=ROWS) -> list[T
 def answers_of(model: PreTrainedModel, rows=ROWS) -> list[Tensor]:
     with torch.no_grad():
         return [model(input_ids=torch.tensor([row])).logits[0] for row in rows]
+
+
+def assert_read_by_peft_and_taken_off(
+    model: PreTrainedModel,
+    adapter: Adapter,
+    fresh: Callable[[], PreTrainedModel],
+    logits: Callable[[torch.nn.Module], Tensor],
+    folder: Path,
+    *,
+    transposed: bool,
+) -> None:
+    """The files of an adapter mean the same in PEFT and here, and off or taken out it leaves the base, which `fresh` makes,
+    bit for bit."""
+    base, expected = logits(fresh()), logits(model)
+    save_adapter(adapter, folder, transposed=transposed)
+
+    assert relative_difference(logits(PeftModel.from_pretrained(fresh(), folder)), expected) <= 2e-6
+    again = fresh()
+    load_adapter(folder).inject_into(again)
+    assert torch.equal(logits(again), expected)
+    assert load_adapter(folder).digest() == adapter.digest()
+    with disabled(model):
+        assert torch.equal(logits(model), base)
+    remove(model)
+    assert torch.equal(logits(model), base)
+    assert not any(module._forward_hooks for module in model.modules())
 
 
 def updates(adapter: Adapter) -> dict[str, Tensor]:

@@ -2,16 +2,17 @@
 
 import pytest
 import torch
+from adapters import assert_read_by_peft_and_taken_off
 from layers import relative_difference
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from tiny import tiny_model
 
 from lora_cli.errors import ModelError
 from lora_cli.lora.adapter import Adapter
 from lora_cli.lora.biases import trained_biases
 from lora_cli.lora.config import LoRAConfig
-from lora_cli.lora.inject import disabled, frozen_digest, inject, remove
-from lora_cli.lora.peft_format import load_adapter, save_adapter
+from lora_cli.lora.inject import frozen_digest, inject
+from lora_cli.lora.peft_format import load_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
@@ -59,22 +60,12 @@ def test_those_are_trained_that_the_recipe_names_and_they_start_at_the_bases(nam
 @pytest.mark.parametrize("variant", [{}, {"use_dora": True}], ids=["plain", "dora"])
 @pytest.mark.parametrize(("name", "bias"), CASES)
 def test_peft_reads_ours_and_switched_off_the_base_is_as_it_was(name, bias, variant, tmp_path):
-    base = logits(tiny_model(name))
     model = with_moved_biases(name, bias, **variant)
-    expected = logits(model)
     adapter = Adapter.of(model, config(name, bias, **variant))
-    save_adapter(adapter, tmp_path, transposed=name == "gpt2")
 
-    assert relative_difference(logits(PeftModel.from_pretrained(tiny_model(name), tmp_path)), expected) <= 2e-6
-    again = tiny_model(name)
-    load_adapter(tmp_path).inject_into(again)
-    assert torch.equal(logits(again), expected)
-    assert load_adapter(tmp_path).digest() == adapter.digest()
-    with disabled(model):
-        assert torch.equal(logits(model), base)
-    remove(model)
-    assert torch.equal(logits(model), base)
-    assert not any(module._forward_hooks for module in model.modules())
+    assert_read_by_peft_and_taken_off(
+        model, adapter, lambda: tiny_model(name), logits, tmp_path, transposed=name == "gpt2"
+    )
 
 
 @pytest.mark.parametrize(("name", "bias"), CASES)
