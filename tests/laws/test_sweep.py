@@ -4,7 +4,8 @@ import json
 import shutil
 
 import pytest
-from running import adapter_bytes, events, hashes, resumed_after
+from running import adapter_bytes, events, hashes, resumed_after, write_labelled
+from tiny import tiny_base, tiny_encoder
 
 SHORT = {"training.max_steps": 3, "data.eval": "20%", "training.eval_steps": 1, "lora.dropout": 0.1}
 GRID = ["--grid", "lora.r=2,4", "--grid", "training.seed=1,2"]
@@ -21,6 +22,26 @@ def test_each_run_is_the_one_that_train_makes(lora, recipe, tmp_path):
         lora("train", file, "--set", f"lora.r={r}", "--set", f"training.seed={seed}", "--out", tmp_path / name)
         assert adapter_bytes(tmp_path / "out-sweep" / name) == adapter_bytes(tmp_path / name)
         assert (tmp_path / "out-sweep" / name / "report.html").is_file()
+
+
+@pytest.mark.parametrize("kind", ["rows of tokens", "all biases", "classifiers under new heads"])
+def test_runs_share_nothing_of_what_stands_beside_the_layers(kind, lora, recipe, tmp_path):
+    """Hooks on a module of the base, and a head and pooler that are new, are each run's own."""
+    write_labelled(tmp_path / "labelled.jsonl")
+    base = {"all biases": "gpt2", "classifiers under new heads": "bert"}.get(kind, "llama")
+    settings = {
+        "rows of tokens": {"lora.trainable_tokens": ["?"]},
+        "all biases": {"lora.bias": "all", "lora.targets": ["c_attn"]},
+        "classifiers under new heads": {"training.objective": "classify", "data.train": "labelled.jsonl"},
+    }[kind]
+    make = tiny_encoder if base == "bert" else tiny_base
+    file = recipe({"training.max_steps": 2} | settings, base=make(tmp_path / "base", base))
+
+    lora("sweep", file, "--grid", "training.seed=1,2")
+
+    for seed in (1, 2):
+        lora("train", file, "--set", f"training.seed={seed}", "--out", tmp_path / str(seed))
+        assert adapter_bytes(tmp_path / "out-sweep" / f"seed={seed}") == adapter_bytes(tmp_path / str(seed))
 
 
 def test_the_table_has_the_lowest_held_out_loss_first(lora, recipe, tmp_path):
