@@ -64,6 +64,7 @@ NOT_READ: Mapping[str, tuple] = {
 # With these, or a pattern as `target_modules`, names alone don't say which modules are meant: the file's own do.
 CHOOSES_OTHERWISE = ("exclude_modules", "layers_to_transform")
 COPIES = tuple(f".{name}.base_layer.weight" for name in ("embed_tokens", "lm_head"))
+BIASES_AGAIN = (".modules_to_save.bias", ".original_module.bias")
 FULL_TABLE = f".{NAME}.base_layer.weight"
 HEAD_IN_FULL = re.compile(re.escape(PREFIX) + r"[^.]+\.weight")  # heads stand outside of the base model
 PARTS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
@@ -386,8 +387,10 @@ def _repaired(tensors: Mapping[str, Tensor], where: Path) -> dict[str, Tensor]:
 
 
 def _without_copies(tensors: Mapping[str, Tensor], where: Path) -> dict[str, Tensor]:
-    """Without the base's own embedding and head, which PEFT saves in full beside factors of them."""
+    """Without the base's own embedding and head, which PEFT saves in full beside factors of them, and without the biases
+    of modules trained whole, which it saves once more, as of its wrappers, where all biases are trained."""
     copies = [name for name in tensors if name.endswith(COPIES)]
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(BIASES_AGAIN)}
     if copies:
         log.warning("%s: copies of the base's own weights are not read (%s): the base's are used", where, *copies[:1])
     return {name: tensor for name, tensor in tensors.items() if name not in copies}

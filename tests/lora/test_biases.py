@@ -5,6 +5,7 @@ import torch
 from adapters import assert_read_by_peft_and_taken_off
 from layers import relative_difference
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from tiny import tiny_model
 
 from lora_cli.errors import ModelError
@@ -84,6 +85,24 @@ def test_we_read_pefts(name, bias, tmp_path):
     model.save_pretrained(tmp_path, save_embedding_layers=False)
 
     ours = tiny_model(name)
+    load_adapter(tmp_path).inject_into(ours)
+
+    assert relative_difference(logits(ours), expected) <= 2e-6
+
+
+def test_we_read_the_biases_that_peft_saves_once_more_beside_modules_trained_whole(tmp_path):
+    """As `norm.modules_to_save.bias` and `norm.original_module.bias`, where all biases are trained."""
+    torch.manual_seed(0)
+    settings = {"target_modules": ["fc1"], "modules_to_save": ["final_layer_norm"], "init_lora_weights": False}
+    model = get_peft_model(tiny_model("opt"), LoraConfig(r=2, lora_alpha=4, bias="all", **settings))
+    with torch.no_grad():
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    expected = logits(model)
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    assert any("original_module.bias" in name for name in load_file(tmp_path / "adapter_model.safetensors"))
+
+    ours = tiny_model("opt")
     load_adapter(tmp_path).inject_into(ours)
 
     assert relative_difference(logits(ours), expected) <= 2e-6
