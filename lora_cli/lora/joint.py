@@ -91,10 +91,10 @@ class JointModule(StandIn):
         if len(groups) == 1:
             return self._of(groups[0], args, kwargs, y)
         rows = sum(group.rows for group in groups)
-        sides = _sides((args, kwargs), rows)
-        if sides == [1] and isinstance(y, Tensor):  # positions, which are those of all rows
+        sides = _sides((args, kwargs))
+        if sides == [1] and args[0].ndim == 2 and isinstance(y, Tensor):  # positions, which are those of all rows
             args, y, sides = (args[0].expand(rows, -1),), y.expand(rows, *y.shape[1:]), [rows]
-        if not sides or sides[0] % rows:
+        if not sides or sides[0] not in (rows, rows * self.groups.time):  # routers and experts see all tokens in one
             raise ModelError(_no_rows(sides[0] if sides else 0, rows))
         sizes = [group.rows * (sides[0] // rows) for group in groups]
         shares = zip(groups, *(_split(each, sizes) for each in (args, kwargs, y)), strict=True)
@@ -156,13 +156,13 @@ def join(model: nn.Module, models: Sequence[nn.Module]) -> Groups:
     return groups
 
 
-def _sides(value: Any, rows: int) -> list[int]:
+def _sides(value: Any) -> list[int]:
     """The first sides of the tensors in what a module is called with, in their order."""
     if isinstance(value, Tensor):
         return [len(value)] if value.ndim > 1 else []
     if isinstance(value, dict):
         value = tuple(value.values())
-    return [side for each in value for side in _sides(each, rows)] if isinstance(value, (tuple, list)) else []
+    return [side for each in value for side in _sides(each)] if isinstance(value, (tuple, list)) else []
 
 
 def _split(value: Any, sizes: Sequence[int]) -> list[Any]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from layers import IN, MAKERS, PATH, config_of, frozen, inputs, randomize, relative_difference
 
+from lora_cli.errors import ModelError
 from lora_cli.lora.inject import inject, remove
 from lora_cli.lora.joint import Group, Groups, Stream, join
 
@@ -51,3 +52,15 @@ def test_dropout_of_tokens_in_one_row_is_that_of_the_run_by_itself():
     assert relative_difference(found[1:, :4], models[1](x[1:, :4].flatten(0, 1)).unflatten(0, (2, 4))) <= 1e-6
     torch.manual_seed(7)
     assert relative_difference(found[:1], models[0](x[0]).unsqueeze(0)) <= 1e-6
+
+
+@pytest.mark.parametrize("shape", [(1, 5, IN), (8, IN), (8, 5, IN)])
+def test_what_belongs_to_no_run_is_refused(shape):
+    """As DeBERTa's table of distances, of which a batch has one; also where the runs' rows would divide it."""
+    models = [run("Linear", seed=seed) for seed in (1, 2)]
+    joint, groups = joined(models)
+    groups.time = 5
+    groups.now = [Group(number, 2, 5, Stream(0)) for number in range(2)]
+
+    with pytest.raises(ModelError, match="can't be told apart"):
+        joint(torch.randn(shape))
