@@ -47,6 +47,11 @@ test: $(INSTALLED)  ## all tests; TESTS=tests/lora for some of them
 test-gpu: $(INSTALLED)  ## the tests that need a CUDA device
 	$(IN_VENV) python -m pytest -q -m gpu tests/test_gpu.py
 
+# From a folder of its own: in $(VENV) every load of a model would import it, which takes a second
+test-torchao: $(INSTALLED)  ## the tests that need torchao
+	$(VENV)/bin/python -m pip install -q --disable-pip-version-check --upgrade --no-deps --target $(VENV)/torchao torchao -c $(CONSTRAINTS)
+	$(IN_VENV) PYTHONPATH=$(VENV)/torchao python -m pytest -q -k torchao tests/cli/test_quantised_on_disk.py tests/lora
+
 torture: $(INSTALLED)  ## faults by the hundred (KILLS=200), and docs/torture.md with what came of them
 	$(IN_VENV) python scripts/torture.py --kills $(KILLS) --page docs/torture.md
 
@@ -72,4 +77,4 @@ clean:  ## remove caches and build files; runs in out/, models/ and .venv stay
 	rm -rf build *.egg-info .pytest_cache .ruff_cache .import_linter_cache .mypy_cache
 	find lora_cli scripts tests -name __pycache__ -type d -exec rm -rf {} +
 
-.PHONY: help setup tokenizers try-tokenizers quickstart fix lint test test-gpu torture mutants test-lowest check docs size clean
+.PHONY: help setup tokenizers try-tokenizers quickstart fix lint test test-gpu test-torchao torture mutants test-lowest check docs size clean
