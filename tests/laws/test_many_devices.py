@@ -100,16 +100,16 @@ def test_every_architecture_is_sharded_as_it_is(name, lora, recipe, tmp_path):
     assert_same_run(tmp_path / "fsdp2", tmp_path / "ddp")
 
 
-KINDS = {
+WEIGHTS = {
     "experts": ("mixtral", ["experts.gate_up_proj", "experts.down_proj", "q_proj"]),
     "table and tied head": ("llama-tied", ["embed_tokens", "lm_head", "v_proj"]),
     "positions": ("gpt2", ["wpe", "c_attn"]),
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_weight_is_sharded(kind, lora, recipe, tmp_path):
-    name, targets = KINDS[kind]
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_every_kind_of_weight_is_sharded(weight, lora, recipe, tmp_path):
+    name, targets = WEIGHTS[weight]
     short = {"lora.targets": targets, "training.max_steps": 1}
     file = recipe(WHOLE | FIRST_STEP | short, base=tiny_base(tmp_path / "base", name))
     lora("train", file, "--out", tmp_path / "one")
