@@ -121,7 +121,7 @@ MUTANTS = (
     Mutant(
         "the check that the base stood still looks at nothing",
         "lora/inject.py",
-        'if not parameter.requires_grad and not name.endswith("lora_A"):',
+        "if not tensor.requires_grad and id(tensor) not in seen:",
         "if False:",
         "lora/test_inject.py::test_the_digest_of_the_base_tells_any_change_of_it_and_none_of_the_factors",
     ),
@@ -504,10 +504,10 @@ MUTANTS = (
     ),
     Mutant(
         "the warm-up begins at zero",
-        "train/optim.py",
-        "return lambda step: factor(step if step <= warmup else step - 1)",
-        "return lambda step: factor(step - 1)",
-        "train/test_optim.py::test_no_step_is_spent_on_nothing_and_the_peak_is_reached_and_never_passed",
+        "train/schedule.py",
+        "step / warmup if step <= warmup else",
+        "(step - 1) / warmup if step <= warmup else",
+        "train/test_schedule.py::test_no_step_is_spent_on_nothing_and_the_peak_is_reached_and_never_passed",
     ),
     Mutant(
         "the learning rate shrinks by its factor at every step",

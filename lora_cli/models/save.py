@@ -12,6 +12,7 @@ from lora_cli.lora.base_files import weight_files
 from lora_cli.models.base import Base
 from lora_cli.models.load import load_model
 from lora_cli.models.quiet import quiet_transformers
+from lora_cli.models.trust import may_run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,7 +29,7 @@ def save_model(model: "PreTrainedModel", base: Base, folder: Path) -> None:
 
     quiet_transformers()
     model.save_pretrained(folder)
-    config = AutoConfig.from_pretrained(base.folder)
+    config = AutoConfig.from_pretrained(base.folder, trust_remote_code=may_run(base.folder))
     config.dtype, config.architectures = model.dtype, [_plain(model).__name__]
     config.save_pretrained(folder)
     for file in weight_files(folder):  # safetensors writes for its owner alone

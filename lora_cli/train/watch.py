@@ -14,12 +14,13 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from typing import Self
+from typing import Self, TypeVar
 
 from torch import nn
 from torch.distributed import DistStoreError, TCPStore
 
 from lora_cli.errors import DistributedError, Problem, UserError, first_line
+from lora_cli.lora.shards import InShards
 from lora_cli.train.events import Event, Step
 from lora_cli.train.memory import StartAgain
 
@@ -34,6 +35,8 @@ DONE = 10**15
 CALLED_OFF, KNOWN = "lora/watch/called-off", "lora/watch/known"  # why the run ends, and how many processes know
 MOST_WAIT = 10.0  # seconds, until all of them know
 LOOK = f"look at its machine, disk and GPU; continue with `--resume`; {PATIENCE} sets how long to wait"
+
+T = TypeVar("T")
 
 # Tells the error, ends these processes of this machine, and leaves at once
 GiveUp = Callable[[UserError, list[int]], None]
@@ -106,6 +109,15 @@ class Watch:
         task.register_forward_hook(lambda *_: self.did(f"forward {self.forwards} after step {self.step}"))
         for module in meeting:
             module.register_forward_pre_hook(lambda *_: self.did(self.did_last), prepend=True)
+            if isinstance(module, InShards):  # its run waits for the others before a hook on its forward is called
+                module.run = self._counted(module.run)
+
+    def _counted(self, run: Callable[..., T]) -> Callable[..., T]:
+        def counted(*arguments: object) -> T:
+            self.did(self.did_last)
+            return run(*arguments)
+
+        return counted
 
     def _forward(self, *_: object) -> None:
         self.forwards += 1

@@ -11,6 +11,7 @@ from lora_cli.export.merged import merge
 from lora_cli.export.proof import compute_dtype, prove
 from lora_cli.lora.adapter import Adapter, Factors
 from lora_cli.models.base import Base
+from lora_cli.models.load import load_model
 
 logits = proof._logits
 
@@ -163,7 +164,13 @@ def test_rows_that_begin_alike_are_read_whole_and_compared_at_their_ends(
 
 
 def test_the_same_row_counts_once_and_a_long_one_is_cut(tmp_path, base, adapter_of):
-    rows = proof._bounded([[3] * 600, [4, 5], [4, 5], [3] * 700], vocabulary=320)
+    folder = base("llama")
+
+    rows = proof._bounded(
+        [[3] * 600, [4, 5], [4, 5], [3] * 700],
+        load_model(Base("llama", folder), dtype=torch.float32),
+        adapter_of(folder),
+    )
 
     assert rows == [(3,) * 512, (4, 5)]
 
