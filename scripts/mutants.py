@@ -135,7 +135,7 @@ MUTANTS = (
     Mutant(
         "full fine-tuning overwrites a base that others share",
         "runs/train.py",
-        "(load_model if training.full else load or load_model)",
+        "(load_model if full else load or load_model)",
         "(load or load_model)",
         "laws/test_full.py::test_an_adapter_beside_a_full_run_is_the_one_that_is_trained_alone",
     ),

@@ -29,7 +29,8 @@ from lora_cli.lora.peft_format import WEIGHTS, load_adapter, save_adapter
 from lora_cli.lora.shards import InShards
 from lora_cli.lora.tuned import Tuned
 from lora_cli.models.attention import packs
-from lora_cli.models.base import resolve_base
+from lora_cli.models.base import Base, resolve_base
+from lora_cli.models.heads import Head
 from lora_cli.models.identity import tokenizer_identity
 from lora_cli.models.load import default_device, load_model, resolve_dtype
 from lora_cli.models.recompute import checkpoint_activations, setting_of
@@ -103,14 +104,8 @@ def prepare(
     check_rows(loaded, base, tokenizer, rows)
     training = recipe.training
     head = new_head(training, rows.labels, tokenizer.pad_token_id)
-    model = (load_model if training.full else load or load_model)(  # what is trained can't be shared
-        base,
-        dtype=torch.float32 if training.full else dtype,
-        quantize=recipe.model.quantize,
-        attention=recipe.model.attention,
-        device="cpu" if sharding else device,  # where the files are mapped: once for all processes of a machine
-        head=head,
-    )
+    # on the CPU the files are mapped: once for all processes of a machine
+    model = _base_model(recipe, base, head, dtype=dtype, device="cpu" if sharding else device, load=load)
     if training.full:
         trained = every_weight(model)
     else:
@@ -432,6 +427,27 @@ def _actions(run: Run, parts: Parts, progress: Progress, settings: Mapping[str, 
         )
 
     return Actions(evaluate if run.rows.held_out else None, sample if training.sample_prompts else None, save)
+
+
+def _base_model(
+    recipe: Recipe,
+    base: Base,
+    head: Head | None,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    load: LoadModel | None,
+) -> "PreTrainedModel":
+    """The model that is trained, or trained beside. One whose every weight is trained is float32, and shared with nobody."""
+    full = recipe.training.full
+    return (load_model if full else load or load_model)(
+        base,
+        dtype=torch.float32 if full else dtype,
+        quantize=recipe.model.quantize,
+        attention=recipe.model.attention,
+        device=device,
+        head=head,
+    )
 
 
 def _packed(recipe: Recipe, rows: Rows, model: "PreTrainedModel") -> bool:
