@@ -143,11 +143,12 @@ def test_an_adapter_can_be_extracted_from_the_result(lora, full, tmp_path, tiny_
     assert found["adapter"]["loss"] < found["base"]["loss"]
 
 
-def test_an_adapter_beside_a_full_run_is_the_one_that_is_trained_alone(lora, recipe, tmp_path):
+@pytest.mark.parametrize("order", ["lora,full", "full,lora"])
+def test_an_adapter_beside_a_full_run_is_the_one_that_is_trained_alone(order, lora, recipe, tmp_path):
     file = recipe({"lora.r": 8, "training.max_steps": 2})
     lora("train", file, "--out", tmp_path / "alone")
 
-    lora("sweep", file, "--grid", "training.method=full,lora", "--out", tmp_path / "sweep")
+    lora("sweep", file, "--grid", f"training.method={order}", "--out", tmp_path / "sweep")
 
     name = "adapter_model.safetensors"
     beside = (tmp_path / "sweep/method=lora" / name).read_bytes()
