@@ -58,6 +58,9 @@ class How:
     doubled: bool = False  # the start of A and B is taken off again: twice the rank
     widened: bool = False  # numbers of 16 bits are multiplied in float32: on a CPU without instructions for them
     logits_at_once: int | None = LOGITS_AT_ONCE["cuda"]  # a stretch of rows; None where the model makes all of them
+    by_position: bool = (
+        False  # a stretch is of labelled positions; else of all rows at the places where one has a label
+    )
 
 
 @dataclass(frozen=True)

@@ -87,13 +87,18 @@ def _options(setup: Setup, lengths: Lengths, limits: Limits, rates: Rates, row_l
     in_a_step = ceil(limits.examples * lengths.mean / length) if row_length else limits.examples
     for micro_batch in _micro_batches(limits, length, limits.tokens if row_length else limits.examples):
         rows = min(micro_batch, in_a_step)
-        # a position counts as soon as one row of the forward has something to learn there
-        trained = ceil(rows * length * (1 - (1 - lengths.share) ** rows))
-        batch = Batch(rows, length, trained)
+        batch = Batch(rows, length, _logits(setup, rows, length, lengths.share))
         for recompute in _modes(setup, limits):
             memory = step_memory(setup, batch, recompute)
             took = seconds(setup, batch, recompute, rates)
             yield Option(micro_batch, row_length, recompute, batch, memory, took)
+
+
+def _logits(setup: Setup, rows: int, length: int, share: float) -> int:
+    """How many are made: of what is learned, or of every row at each place where one of them has something to learn."""
+    if setup.in_stretches and setup.how.by_position:
+        return ceil(rows * length * share)
+    return ceil(rows * length * (1 - (1 - share) ** rows))
 
 
 def _row_lengths(lengths: Lengths, limits: Limits) -> Iterator[int | None]:

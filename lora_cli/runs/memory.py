@@ -73,6 +73,7 @@ def setup_of(
         doubled=lora.init in TAKEN_OFF,
         widened=widened,
         logits_at_once=LOGITS_AT_ONCE[kind],
+        by_position=kind == "cpu",
     )
     if recipe.training.full:
         inside = tuple(linear for linear in shape.linears if linear.path not in shape.head)

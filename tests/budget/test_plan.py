@@ -7,7 +7,7 @@ from lora_cli.budget.bases import measure_base
 from lora_cli.budget.gpus import GPUS, find_gpu, gpu_of_device, smallest
 from lora_cli.budget.params import adapted_linears
 from lora_cli.budget.plan import Lengths, Limits, Option, choose
-from lora_cli.budget.speed import recomputed_share, seconds
+from lora_cli.budget.speed import Rates, recomputed_share, seconds
 from lora_cli.budget.step import Batch, Setup, step_memory
 from lora_cli.errors import RecipeError
 from lora_cli.lora.config import LoRAConfig
@@ -57,6 +57,16 @@ def test_rows_are_packed_shorter_only_where_that_saves_computing_twice():
 
     assert chosen(80, lengths=lengths).row_length == 2048
     assert 300 <= chosen(19, lengths=lengths).row_length < 2048
+
+
+@pytest.mark.parametrize(("by_position", "micro_batch"), [(True, 2), (False, 1)])
+def test_rows_share_a_forward_unless_the_head_would_make_more_logits_for_that(by_position, micro_batch):
+    smol = setup("SmolLM2-135M", number=4, masked=True, by_position=by_position)
+    lengths, limits = Lengths(longest=256, mean=100, share=0.5), Limits(examples=8, tokens=512, pack_to=256)
+
+    found = choose(smol, lengths, limits, Rates(1e11, 2e10, launches=False), room=1e11)
+
+    assert found.micro_batch == micro_batch
 
 
 def test_a_model_without_mlp_modules_is_not_asked_to_compute_them_twice():
