@@ -15,6 +15,12 @@ ROWS = [
 ]
 
 
+@pytest.fixture(params=[True, False], ids=["frozen", "trained"])
+def model(request):
+    """Behind a frozen head the loss makes its logits itself; one that is trained makes them all."""
+    return tiny_model("llama").requires_grad_(not request.param)
+
+
 def weighted_nats(model, row: Example) -> float:
     """The formula, token by token, on the row alone."""
     logps = model(input_ids=torch.tensor([row.input_ids])).logits[0].double().log_softmax(-1)
@@ -23,17 +29,14 @@ def weighted_nats(model, row: Example) -> float:
 
 
 @torch.no_grad()
-def test_the_loss_is_the_sum_of_each_tokens_nats_by_its_weight():
-    model = tiny_model("llama")
-
+def test_the_loss_is_the_sum_of_each_tokens_nats_by_its_weight(model):
     found = sft(model, collate([[row] for row in ROWS]))
 
     assert float(found.total) == pytest.approx(sum(weighted_nats(model, row) for row in ROWS), rel=1e-5)
 
 
 @torch.no_grad()
-def test_where_sources_are_told_apart_the_loss_is_the_same_and_each_source_has_its_own():
-    model = tiny_model("llama")
+def test_where_sources_are_told_apart_the_loss_is_the_same_and_each_source_has_its_own(model):
     batch = collate([[row] for row in ROWS], ["others", "rows"])
 
     found = sft(model, batch)
