@@ -38,7 +38,10 @@ def compose(
     seed: Annotated[int, typer.Option(metavar="N", help="Of what dare drops.")] = 0,
     base: Annotated[
         str | None,
-        typer.Option(metavar="MODEL", help="Their base: for heads, biases and rows whose weights don't add up to 1."),
+        typer.Option(
+            metavar="MODEL",
+            help="Their base: for DoRAs, and for heads, biases and rows whose weights don't add up to 1.",
+        ),
     ] = None,
     allow_base_mismatch: MismatchOption = False,
     as_json: JsonOption = False,
@@ -115,9 +118,8 @@ def show_made(made: "Made") -> None:
         if error < 1e-6
         else f"error    {percent(error)} of ‖ΔW‖ in all"
     )
-    show(
-        f"written  {inert(str(made.written.out))} · {bytes_text(made.written.bytes)} · a plain PEFT adapter, read back equal"
-    )
+    kind = "a DoRA in PEFT's format" if made.adapter.config.use_dora else "a plain PEFT adapter"
+    show(f"written  {inert(str(made.written.out))} · {bytes_text(made.written.bytes)} · {kind}, read back equal")
 
 
 def total_error(fits: "Collection[Fit]") -> float:

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from lora_cli.cli.compose import made_document, show_made
-from lora_cli.cli.options import AdapterOutOption, JsonOption
+from lora_cli.cli.merge import mismatch_lines
+from lora_cli.cli.options import AdapterOutOption, JsonOption, MismatchOption, TrustOption
 
 
 def resize(
@@ -22,20 +23,28 @@ def resize(
     budget: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Ranks within `2M` parameters or `8MB`, where they hold most.")
     ] = None,
+    base: Annotated[str | None, typer.Option(metavar="MODEL", help="Its base: needed for a DoRA.")] = None,
+    allow_base_mismatch: MismatchOption = False,
     as_json: JsonOption = False,
+    trust_remote_code: TrustOption = None,
 ) -> None:
     """Cut an adapter to a lower rank: the best update of that rank there is, and how far it is from the whole.
 
     Example: lora resize out/ --r 4 --out small/
     """
     from lora_cli.cli.console import inert, show, show_json
+    from lora_cli.models.base import resolve_base
     from lora_cli.runs.compose import resize_folder
 
-    made = resize_folder(adapter, out, _choice(r, energy, budget))
+    choice = _choice(r, energy, budget)
+    own = resolve_base(base) if base else None
+    made = resize_folder(adapter, out, choice, base=own, allow_base_mismatch=allow_base_mismatch)
     if as_json:
         show_json(made_document(made))
         return
     show(f"resized  {inert(str(adapter))}", style="bold")
+    for line in mismatch_lines(made.base_differences):
+        show(line)
     show_made(made)
 
 

@@ -159,6 +159,16 @@ def tables_in_files(folder: Path, adapter: Adapter) -> list[Table]:
     return found
 
 
+def weights_of_base(folder: Path, adapters: Iterable[Adapter]) -> Callable[[str], Tensor]:
+    """(path) -> the base's own weight there [out, in], float32, wherever one of the adapters changes it.
+
+    Raises ModelError for an adapter that does not fit the base.
+    """
+    where = {path: parts for adapter in adapters for path, parts in places(folder, adapter).items()}
+    stored = stored_tensors(folder)
+    return lambda path: read_parts(stored, where[path])
+
+
 def parameters_of(folder: Path, head: Head | None = None) -> Callable[[str], Tensor | None]:
     """(parameter) -> the base's own as it is stored; None where its files have none, as of a head that is new."""
     model, stored = skeleton(folder, head), stored_tensors(folder)

@@ -3,7 +3,7 @@
     Σ wᵢ ΔWᵢ = [w₁s₁B₁  w₂s₂B₂ …] [A₁; A₂; …]        exact, of rank r₁ + r₂ + …
 
 Nothing is assumed of the adapters but one base: ranks, alphas, scales, rsLoRA, targets and patterns may all differ. What
-comes out is a plain adapter of scale 1, each module with a rank of its own where they differ.
+comes out is a plain adapter of scale 1, each module with a rank of its own where they differ; of DoRAs, a DoRA (`gains.py`).
 """
 
 from collections import Counter
@@ -20,6 +20,7 @@ from lora_cli.lora.adapter import Adapter, Factors
 from lora_cli.lora.base_files import Fingerprint
 from lora_cli.lora.beside import Beside, Read, Term, no_base, sum_beside
 from lora_cli.lora.config import LoRAConfig, of_expert
+from lora_cli.lora.gains import Opened, Own, Rows, closed, no_weight, opened, refuse_experts
 from lora_cli.lora.inject import generator_for
 from lora_cli.lora.svd import SVD, distance, of_dense, of_factors
 from lora_cli.lora.targets import shortest_suffixes
@@ -78,27 +79,32 @@ def compose(
     how: How | None = None,
     *,
     read: Read = no_base,
+    own: Own = no_weight,
     each: Callable[[str], None] = lambda path: None,
 ) -> tuple[Adapter, Fits]:
     """The combination, and how far each module is from what the method asks for, for want of rank.
 
     What is trained beside the layers is added by every method, and never thinned out; `read` gives what the base has
-    there. `each` is told every module's path as its turn comes. Raises ModelError for what can't be added.
+    there. Of DoRAs the rows' gains are added, and the low-rank rest is combined as the method says; `own` gives the
+    base's weights for it. `each` is told every module's path as its turn comes. Raises ModelError for what can't be added.
     """
     how = how or How()
     _refuse_other_tasks(terms)
     counted = [term for term in terms if term.weight]
+    if _stand_apart(counted, how):
+        return _side_by_side(counted, read)
     beside = sum_beside(counted, read)
-    if any(term.adapter.config.use_dora for term in terms):
-        adapter = _side_by_side(terms, beside, how)
-        return adapter, {path: Fit(of_factors(factors, 1.0).norm) for path, factors in adapter.layers.items()}
+    whole = [opened(term.adapter, own) for term in counted]
+    gains = _gains(counted, whole)
+    counted = [replace(term, adapter=found.plain) for term, found in zip(counted, whole, strict=True)]
     layers, fits = {}, {}
     for path in dict.fromkeys(path for term in counted for path in term.adapter.layers):
         each(path)
         here = [term for term in counted if path in term.adapter.layers]
         combined = _dense if METHODS[how.method].combine else _exact
-        layers[path], fits[path] = combined(here, path, how)
-    return _of_layers(terms, layers, beside, _targets(counted)), fits
+        layers[path], fits[path] = combined(here, path, how, _rows(path, gains, own))
+    adapter = _of_layers(terms, layers, beside, _targets(counted))
+    return closed(adapter, gains, own) if gains else adapter, fits
 
 
 def weighted_sum(terms: Sequence[Term], path: str) -> Factors:
@@ -114,25 +120,34 @@ def spectra(adapter: Adapter) -> dict[str, SVD]:
     return {path: of_factors(factors, adapter.config.at(path).scale) for path, factors in adapter.layers.items()}
 
 
-def truncate(adapter: Adapter, ranks: Mapping[str, int], found: Mapping[str, SVD]) -> tuple[Adapter, Fits]:
-    """The best update of each module with the rank that `ranks` allows it; `found` are the adapter's spectra.
+def resize(
+    adapter: Adapter, choose: Callable[[Mapping[str, SVD]], Mapping[str, int]], own: Own = no_weight
+) -> tuple[Adapter, Fits]:
+    """The best update of each module with the rank that `choose` picks for it from the spectra.
 
-    A module whose rank is not above what it is allowed stays as it is.
+    A module whose rank is not above what it is allowed stays as it is. A DoRA's gains stay; what is cut is the low-rank
+    update beside them, and the base, which `own` gives, is needed to know it.
     """
+    whole = opened(adapter, own)
+    gains = whole.gains if adapter.config.use_dora else {}
+    found = spectra(whole.plain)
+    ranks = choose(found)
     layers, fits = {}, {}
-    for path, factors in adapter.layers.items():
-        whole = found[path]
+    for path, factors in whole.plain.layers.items():
+        exact = weighted_sum([Term(whole.plain)], path)
         keep = ranks[path] >= len(factors.A)
-        layers[path] = weighted_sum([Term(adapter)], path) if keep else whole.factors(ranks[path])
-        fits[path] = Fit(whole.norm, 0.0 if keep else whole.error(ranks[path]))
+        layers[path] = exact if keep else found[path].factors(ranks[path])
+        missed = 0.0 if keep else found[path].error(ranks[path]) * found[path].norm
+        fits[path] = _fit(found[path].norm, missed, exact, _rows(path, gains, own))
     layers = evened(layers)
     kept = {path: len(factors.A) for path, factors in layers.items()}
     config = plain_config(kept, like=adapter.config, targets=adapter.config.target_modules)
-    return replace(adapter, config=config, layers=layers), fits
+    made = replace(adapter, config=config, layers=layers)
+    return closed(made, gains, own) if gains else made, fits
 
 
 def plain_config(ranks: Mapping[str, int], *, like: LoRAConfig, targets: Sequence[str]) -> LoRAConfig:
-    """A config of scale 1 for modules of these ranks: the commonest is `r`, the others are patterns."""
+    """A config of scale 1 for modules of these ranks, without DoRA: the commonest is `r`, the others are patterns."""
     ranks = {of_expert(path)[0]: rank for path, rank in ranks.items()}
     counts = Counter(ranks.values())
     r = max(counts, key=lambda rank: (counts[rank], rank), default=1)
@@ -149,6 +164,7 @@ def plain_config(ranks: Mapping[str, int], *, like: LoRAConfig, targets: Sequenc
         lora_alpha=r,
         lora_dropout=0.0,
         use_rslora=False,
+        use_dora=False,
         target_modules=tuple(sorted(targets)),
         rank_pattern=pattern,
         alpha_pattern={name: float(rank) for name, rank in pattern.items()},
@@ -182,7 +198,7 @@ def refuse_dora(adapter: Adapter, name: str = "the adapter") -> None:
         )
 
 
-def _exact(terms: Sequence[Term], path: str, how: How) -> tuple[Factors, Fit]:
+def _exact(terms: Sequence[Term], path: str, how: How, rows: Rows | None) -> tuple[Factors, Fit]:
     """The sum itself; cut where a rank is asked for, or where all the ranks together are more than the weight is wide."""
     factors = weighted_sum(terms, path)
     most = min(factors.A.shape[1], factors.B.shape[0])
@@ -190,11 +206,11 @@ def _exact(terms: Sequence[Term], path: str, how: How) -> tuple[Factors, Fit]:
         most = min(most, how.r or max(len(term.adapter.layers[path].A) for term in terms))
     found = of_factors(factors, 1.0)
     if len(factors.A) <= most:
-        return factors, Fit(found.norm)
-    return found.factors(most), Fit(found.norm, found.error(most))
+        return factors, _fit(found.norm, 0.0, factors, rows)
+    return found.factors(most), _fit(found.norm, found.error(most) * found.norm, factors, rows)
 
 
-def _dense(terms: Sequence[Term], path: str, how: How) -> tuple[Factors, Fit]:
+def _dense(terms: Sequence[Term], path: str, how: How, rows: Rows | None) -> tuple[Factors, Fit]:
     """Combined entry by entry, and cut to the rank asked for, or to all the ranks together."""
     layers = [(term.adapter.layers[path], term.adapter.config.at(path).scale) for term in terms]
     updates = [scale * factors.B @ factors.A for factors, scale in layers]
@@ -202,19 +218,49 @@ def _dense(terms: Sequence[Term], path: str, how: How) -> tuple[Factors, Fit]:
     combined = METHODS[how.method].combine(updates, [term.weight for term in terms], how.kept, generator)
     r = min(how.r or sum(len(factors.A) for factors, _ in layers), *combined.shape)
     factors = of_dense(combined, r, generator).factors(r)
-    norm = float(combined.norm())
-    return factors, Fit(norm, distance(combined, factors) / norm if norm else 0.0)
+    return factors, _fit(float(combined.norm()), distance(combined, factors), combined, rows)
 
 
-def _side_by_side(terms: Sequence[Term], beside: Beside, how: How) -> Adapter:
-    """DoRA adapters with no module in common, each as it is: the one sum of them that is exact."""
-    _refuse_dora_sum(terms, how)
+def _fit(norm: float, missed: float, exact: Factors | Tensor, rows: Rows | None) -> Fit:
+    """Of an update of this norm; with the gains of a DoRA's rows, of all that it changes."""
+    if rows is not None:
+        norm = rows.norm(exact if isinstance(exact, Tensor) else exact.B @ exact.A)
+    return Fit(norm, missed / norm if norm else 0.0)
+
+
+def _gains(terms: Sequence[Term], whole: Sequence[Opened]) -> dict[str, Tensor]:
+    """1 + Σ wᵢ (gᵢ − 1) at every module; none where no adapter is a DoRA."""
+    if not any(term.adapter.config.use_dora for term in terms):
+        return {}
+    found: dict[str, Tensor] = {}
+    for term, opened_ in zip(terms, whole, strict=True):
+        refuse_experts(term.adapter)
+        for path, gain in opened_.gains.items():
+            found[path] = found.get(path, 1.0) + term.weight * (gain - 1)
+    return found
+
+
+def _rows(path: str, gains: Mapping[str, Tensor], own: Own) -> Rows | None:
+    return Rows(own(path), gains[path]) if gains else None
+
+
+def _stand_apart(terms: Sequence[Term], how: How) -> bool:
+    """DoRAs with no module in common, each as it is: the one sum of them that needs no base."""
+    counts = Counter(path for term in terms for path in term.adapter.layers)
+    alone = all(count == 1 for count in counts.values())
+    all_dora = all(term.adapter.config.use_dora and term.weight == 1 for term in terms)
+    return bool(terms) and alone and all_dora and how.method == "linear" and not how.r
+
+
+def _side_by_side(terms: Sequence[Term], read: Read) -> tuple[Adapter, Fits]:
     layers = {
         path: replace(factors, B=term.adapter.config.at(path).scale * factors.B)
         for term in terms
         for path, factors in term.adapter.layers.items()
     }
-    return _of_layers(terms, layers, beside, _targets(terms))
+    adapter = _of_layers(terms, layers, sum_beside(terms, read), _targets(terms))
+    fits = {path: Fit(of_factors(factors, 1.0).norm) for path, factors in layers.items()}
+    return replace(adapter, config=replace(adapter.config, use_dora=True)), fits
 
 
 def _of_layers(terms: Sequence[Term], layers: Mapping[str, Factors], beside: Beside, targets: Sequence[str]) -> Adapter:
@@ -222,24 +268,6 @@ def _of_layers(terms: Sequence[Term], layers: Mapping[str, Factors], beside: Bes
     ranks = {path: len(factors.A) for path, factors in layers.items()}
     config = beside.put_into(plain_config(ranks, like=_like(terms), targets=targets))
     return Adapter(config, layers, _base(terms), beside.extras, beside.labels, forms=forms)
-
-
-def _refuse_dora_sum(terms: Sequence[Term], how: How) -> None:
-    counts = Counter(path for term in terms for path in term.adapter.layers)
-    shared = next((path for path, count in counts.items() if count > 1), None)
-    if not all(term.adapter.config.use_dora for term in terms):
-        reason = "only some of the adapters are DoRA, and a DoRA layer needs the row norms of the base"
-    elif shared:
-        reason = (
-            f"DoRA adapters can't be added on a module that both change ({shared}): each scales its rows by its own m"
-        )
-    elif how.r or how.method != "linear":
-        reason = "DoRA adapters can only stand side by side as they are: `--method linear`, without `--r`"
-    elif any(term.weight != 1 for term in terms):
-        reason = "a DoRA adapter can't be weighted: its rows are scaled by m / ‖W + ΔW‖, which is not linear in it"
-    else:
-        return
-    raise ModelError(Problem(reason, fix=PLAIN))
 
 
 def _like(terms: Sequence[Term]) -> LoRAConfig:

@@ -1,4 +1,7 @@
-"""Whether a tokenizer is the one that an adapter was trained with: refused where ids differ, noted where the template does."""
+"""Whether base and tokenizer are those that an adapter was trained with: others are refused, or said where they are allowed.
+
+A tokenizer is another one where ids differ; a template that differs is noted.
+"""
 
 import hashlib
 import logging
@@ -7,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from lora_cli.errors import ModelError, Problem
 from lora_cli.lora.adapter import Adapter
+from lora_cli.lora.base_files import fingerprint
 from lora_cli.lora.identity import TokenizerFingerprint
 
 if TYPE_CHECKING:
@@ -14,6 +18,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+PUT_ITS_TOKENIZER = "put the run's tokenizer files beside the adapter, or accept this one with `--allow-base-mismatch`"
 # Spaces, cases, digits, scripts, code and signs: where tokenizers of one vocabulary part ways
 SAMPLES = (
     "The quick brown fox jumps over the lazy dog.",
@@ -38,8 +43,20 @@ def tokenizer_identity(tokenizer: "PreTrainedTokenizerBase") -> TokenizerFingerp
     )
 
 
+def check_base(adapter: Adapter, folder: Path, *, allow: bool = False) -> None:
+    """Raise ModelError for another base than the adapter was trained on, naming its tensors; one that is allowed is said."""
+    if differences := adapter.check_base(fingerprint(folder), folder, allow=allow):
+        differ = ", ".join(differences[:3]) + (" …" if len(differences) > 3 else "")
+        log.warning("%s: NOT the base it was trained on (--allow-base-mismatch): %s differ", folder, differ)
+
+
 def check_tokenizer(
-    adapter: Adapter, tokenizer: "PreTrainedTokenizerBase", folder: Path, *, allow: bool = False
+    adapter: Adapter,
+    tokenizer: "PreTrainedTokenizerBase",
+    folder: Path,
+    *,
+    allow: bool = False,
+    fix: str = PUT_ITS_TOKENIZER,
 ) -> None:
     """Raise ModelError when tokens have other ids than the adapter was trained with; another template is a warning.
 
@@ -49,13 +66,8 @@ def check_tokenizer(
     if "vocabulary" in differences or "cutting" in differences:
         what = "has other tokens or other ids" if "vocabulary" in differences else "cuts texts into other tokens"
         if not allow:
-            raise ModelError(
-                Problem(
-                    f"this tokenizer {what} than the one the adapter was trained with",
-                    where=str(folder),
-                    fix="put the run's tokenizer files beside the adapter, or accept this one with `--allow-base-mismatch`",
-                )
-            )
+            said = f"this tokenizer {what} than the one the adapter was trained with"
+            raise ModelError(Problem(said, where=str(folder), fix=fix))
         log.warning("%s: this tokenizer %s than the one the adapter was trained with", folder, what)
     if "template" in differences:
         log.warning("%s: its chat template is not the one that the adapter was trained with", folder)

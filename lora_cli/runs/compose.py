@@ -6,23 +6,24 @@ from pathlib import Path
 
 from lora_cli.errors import DivergedError, ModelError, Problem, RecipeError
 from lora_cli.export.adapter_folder import Made, made_by, write_adapter
-from lora_cli.export.names import parameters_of
+from lora_cli.export.names import parameters_of, weights_of_base
 from lora_cli.export.staging import refuse_output
 from lora_cli.export.table import is_transposed
 from lora_cli.lora.adapter import Adapter
 from lora_cli.lora.algebra import (
     METHODS,
+    Fits,
     How,
     Term,
     base_differences,
     compose,
+    resize,
     shape_problems,
-    spectra,
-    truncate,
 )
 from lora_cli.lora.base_files import fingerprint
 from lora_cli.lora.beside import Read, no_base
 from lora_cli.lora.completion import load_for
+from lora_cli.lora.gains import no_weight
 from lora_cli.lora.svd import SVD
 from lora_cli.models.base import Base
 from lora_cli.models.heads import head_of
@@ -49,11 +50,12 @@ def compose_folders(
     transposed = {is_transposed(folder) for folder in folders}
     if len(transposed) > 1 or (problems := shape_problems(terms)):
         raise ModelError(*(problems[:3] if len(transposed) == 1 else [_mixed_storage()]))
+    read, own = no_base, no_weight
     if base:
         differences += _check_is_base(base, terms, allow=allow_base_mismatch)
-    read = _reader(base, terms) if base else no_base
-    adapter, fits = compose(terms, how, read=read, each=progress)
-    _check_acts(adapter)
+        read, own = _reader(base, terms), weights_of_base(base.folder, [term.adapter for term in terms])
+    adapter, fits = compose(terms, how, read=read, own=own, each=progress)
+    _check_acts(adapter, fits)
     adapter = replace(adapter, tokenizer=next((t.adapter.tokenizer for t in terms if t.adapter.tokenizer), None))
     settings = {"method": how.method, "r": how.r, "allow_base_mismatch": differences}
     if how.kept:
@@ -64,16 +66,29 @@ def compose_folders(
     return Made(adapter, written, fits, tuple(differences))
 
 
-def resize_folder(folder: Path, out: Path, choose: Callable[[Mapping[str, SVD]], Mapping[str, int]]) -> Made:
-    """Write the adapter of `folder` with the ranks that `choose` picks from its spectra: the best there is of them."""
+def resize_folder(
+    folder: Path,
+    out: Path,
+    choose: Callable[[Mapping[str, SVD]], Mapping[str, int]],
+    *,
+    base: Base | None = None,
+    allow_base_mismatch: bool = False,
+) -> Made:
+    """Write the adapter of `folder` with the ranks that `choose` picks from its spectra: the best there is of them.
+
+    The base is needed for a DoRA.
+    """
     refuse_output(out)
     adapter = load_for(folder)
-    found = spectra(adapter)
-    ranks = choose(found)
-    made, fits = truncate(adapter, ranks, found)
-    made = made_by("resize", made, [parent(adapter, folder)])
+    differences, own = [], no_weight
+    if base:
+        differences = _check_is_base(base, [Term(adapter)], allow=allow_base_mismatch)
+        own = weights_of_base(base.folder, [adapter])
+    made, fits = resize(adapter, choose, own)
+    settings = {"allow_base_mismatch": differences} if differences else {}
+    made = made_by("resize", made, [parent(adapter, folder)], **settings)
     written = write_adapter(made, out, tokenizer=with_tokenizer([folder]), transposed=is_transposed(folder))
-    return Made(made, written, fits)
+    return Made(made, written, fits, tuple(differences))
 
 
 def parent(adapter: Adapter, folder: Path, **more: object) -> dict[str, object]:
@@ -124,8 +139,9 @@ def _check_one_base(terms: Sequence[Term], *, allow: bool) -> list[str]:
     return [tensor for _, names in found for tensor in names]
 
 
-def _check_acts(adapter: Adapter) -> None:
-    if not adapter.config.use_dora and not any(factors.act() for factors in adapter.layers.values()):
+def _check_acts(adapter: Adapter, fits: Fits) -> None:
+    moves = any(fit.norm for fit in fits.values())  # a DoRA by its gains, too
+    if not (moves if adapter.config.use_dora else any(factors.act() for factors in adapter.layers.values())):
         raise DivergedError(
             Problem("with these weights the adapters cancel: the sum does nothing", fix="give other `--weights`")
         )

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from lora_cli.errors import ModelError
-from lora_cli.export.names import parameters_of, places, read_parts
+from lora_cli.export.names import parameters_of, weights_of_base
 from lora_cli.lora.adapter import Adapter, Factors
 from lora_cli.lora.algebra import Term, shape_problems
-from lora_cli.lora.base_files import fingerprint, stored_tensors
 from lora_cli.lora.completion import load_for
 from lora_cli.lora.peft_format import to_peft
 from lora_cli.lora.spectrum import Side, effective_rank, inner_product, intruders, overlap
@@ -20,6 +19,7 @@ from lora_cli.lora.svd import SVD, of_factors
 from lora_cli.lora.targets import kind_of
 from lora_cli.models.base import Base
 from lora_cli.models.heads import head_of
+from lora_cli.models.identity import check_base
 
 ENERGY = 0.9
 
@@ -172,9 +172,8 @@ def mean_overlap(pairs: list[Pair]) -> Tensor:
 
 
 def _weights(adapter: Adapter, base: Base, allow: bool) -> Callable[[str], Tensor]:
-    adapter.check_base(fingerprint(base.folder), base.folder, allow=allow)
-    where, stored = places(base.folder, adapter), stored_tensors(base.folder)
-    return lambda path: read_parts(stored, where[path])
+    check_base(adapter, base.folder, allow=allow)
+    return weights_of_base(base.folder, [adapter])
 
 
 def _measured(adapter: Adapter, path: str, W: Tensor | None, find_intruders: bool) -> Module:

@@ -60,6 +60,28 @@ def test_a_composed_adapter_is_a_plain_one_for_us_and_for_peft(lora, pair, tmp_p
     assert_same_answers(answers_of(PeftModel.from_pretrained(load(base), tmp_path / "ab")), logits_of(base, adapter))
 
 
+@pytest.mark.filterwarnings(PEFT_ASKS)
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_doras_are_composed_and_resized_beside_their_base_and_peft_reads_them(lora, bases, tmp_path, name):
+    base = bases[name]
+    a = write_random(tmp_path / "a", base, use_dora=True, r=6)
+    b = write_random(tmp_path / "b", base, "o", use_rslora=True, seed=2)
+    ask = ("compose", a, b, "--weights", "0.6,-0.5", "--out", tmp_path / "ab")
+
+    refused = lora(*ask, code=4)
+    composed = lora(*ask, "--base", base)
+    resized = lora("resize", tmp_path / "ab", "--r", 3, "--base", base, "--out", tmp_path / "small", "--json").json
+
+    assert "a DoRA scales the rows of the base" in refused.err
+    assert "fix: give the base with `--base`" in refused.err
+    assert "error    none: the result is exact to rounding" in composed.out
+    assert "a DoRA in PEFT's format, read back equal" in composed.out
+    assert 0 < resized["error"] < 1
+    for folder in ("ab", "small"):
+        theirs = answers_of(PeftModel.from_pretrained(load(base), tmp_path / folder))
+        assert_same_answers(theirs, logits_of(base, load_adapter(tmp_path / folder)), 5e-6)
+
+
 def test_a_composed_adapter_says_where_it_comes_from_and_keeps_the_base(lora, pair, tmp_path):
     _, a, b = pair()
 
@@ -91,11 +113,14 @@ def test_dare_is_the_same_bytes_for_a_seed(lora, pair, tmp_path):
 
 
 def test_what_cancels_is_exit_6_and_writes_nothing(lora, pair, tmp_path):
-    _, a, _ = pair()
+    base, a, _ = pair()
 
     done = lora("compose", a, a, "--weights", "1,-1", "--out", tmp_path / "none", code=6)
+    d = write_random(tmp_path / "d", base, "q", use_dora=True)
+    dora = lora("compose", d, d, "--weights", "1,-1", "--base", base, "--out", tmp_path / "none", code=6)
 
     assert "with these weights the adapters cancel: the sum does nothing" in done.err
+    assert "with these weights the adapters cancel: the sum does nothing" in dora.err
     assert not (tmp_path / "none").exists()
 
 

@@ -1,5 +1,6 @@
 """Adapters as values: sums are exact, cuts are optimal, and what has no answer is refused with its reason."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,7 @@ from tiny import tiny_base
 from lora_cli.errors import DivergedError, ModelError, RecipeError
 from lora_cli.lora import sparse
 from lora_cli.lora.adapter import Adapter, Factors
-from lora_cli.lora.algebra import METHODS, How, Term, compose, plain_config, spectra, truncate
+from lora_cli.lora.algebra import METHODS, How, Term, compose, plain_config, resize, spectra
 from lora_cli.lora.config import LoRAConfig
 from lora_cli.lora.inject import generator_for
 from lora_cli.lora.ranks import by_budget, by_energy, by_number
@@ -246,32 +247,121 @@ def test_doras_of_different_modules_stand_side_by_side(bases):
         assert relative_difference(got, expected) <= 5e-6
 
 
-@pytest.mark.parametrize(
-    ("second", "weights", "reason"),
-    [
-        ("q", (1, 1), r"DoRA adapters can't be added on a module that both change \(model.layers.0.self_attn.q_proj\)"),
-        ("v", (1, 0.5), "a DoRA adapter can't be weighted"),
-        (None, (1, 1), "only some of the adapters are DoRA"),
-    ],
-    ids=["shared", "weighted", "mixed"],
-)
-def test_what_of_dora_is_no_sum_is_refused_with_its_reason(second, weights, reason, bases):
+def whole_weights(base, adapter: Adapter) -> dict[str, torch.Tensor]:
+    """W of every module with the adapter in it, float64."""
+    model = load(base)
+    return {
+        path: factors.merge_into(model.get_submodule(path).weight, adapter.config.at(path).scale).detach().double()
+        for path, factors in adapter.layers.items()
+    }
+
+
+def own_weights(base) -> Callable[[str], torch.Tensor]:
+    model = load(base)
+    return lambda path: model.get_submodule(path).weight.detach()
+
+
+@pytest.mark.parametrize("weights", [(1, 1), (0.7, 0.3), (1.5, -0.6)])
+@pytest.mark.parametrize("second", ["dora", "plain"])
+def test_doras_and_plain_adapters_on_the_same_modules_are_added_exactly(second, weights, bases):
+    """W + Σ wᵢ (Wᵢ − W), of which each row is scaled otherwise, is again a DoRA."""
+    base, own = bases["llama"], own_weights(bases["llama"])
+    first = dora(base, "qv")
+    other = dora(base, "q", seed=2) if second == "dora" else random_adapter(base, "qo", seed=2)
+
+    found, fits = compose([Term(first, weights[0]), Term(other, weights[1])], own=own)
+
+    assert found.config.use_dora
+    one, two = whole_weights(base, first), whole_weights(base, other)
+    for path, W in whole_weights(base, found).items():
+        before = own(path).double()
+        expected = before + sum(w * (x[path] - before) for w, x in zip(weights, (one, two), strict=True) if path in x)
+        assert relative_difference(W, expected) <= EXACT
+        assert fits[path].norm == pytest.approx((expected - before).norm().item(), rel=1e-4)
+        assert fits[path].error < 1e-6
+
+
+def test_a_cut_of_a_dora_keeps_its_gains_and_misses_the_least(bases):
+    """What a rank leaves out of diag(g) W + N is what it leaves out of N, by Eckart and Young."""
+    base, own = bases["llama"], own_weights(bases["llama"])
+    adapter = random_adapter(base, "qv", r=8, use_dora=True)
+
+    for found, fits in (
+        resize(adapter, lambda spectra: by_number(spectra, 3), own),
+        compose([Term(adapter)], How("svd", r=3), own=own),
+    ):
+        cut, whole = whole_weights(base, found), whole_weights(base, adapter)
+        for path, W in whole.items():
+            before = own(path).double()
+            gain = adapter.layers[path].magnitude.double() / (before + updates(adapter)[path]).norm(dim=1)
+            S = torch.linalg.svdvals(gain.unsqueeze(1) * updates(adapter)[path])
+            assert len(found.layers[path].A) == 3
+            assert (cut[path] - W).norm() == pytest.approx(S[3:].norm().item(), rel=1e-4)
+            assert fits[path].error == pytest.approx((S[3:].norm() / (W - before).norm()).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("method", DENSE)
+def test_what_is_thinned_out_of_doras_is_the_update_beside_their_gains(method, bases):
+    base, own = bases["llama"], own_weights(bases["llama"])
+    adapter = dora(base, "q")
+
+    found, fits = compose([Term(adapter, 0.5)], How(method, density=1.0), own=own)
+
+    for path, W in whole_weights(base, adapter).items():
+        before = own(path).double()
+        assert relative_difference(whole_weights(base, found)[path], before + 0.5 * (W - before)) <= 1e-5
+        assert fits[path].error < 1e-5
+
+
+def test_a_dora_minus_itself_changes_nothing(bases):
+    adapter = dora(bases["llama"], "q")
+
+    _, fits = compose([Term(adapter), Term(adapter, -1.0)], own=own_weights(bases["llama"]))
+
+    assert {fit.norm for fit in fits.values()} == {0.0}
+
+
+def test_without_the_base_doras_are_added_where_no_module_is_shared_and_else_refused(bases):
     base = bases["llama"]
-    terms = [
-        Term(dora(base, "q"), weights[0]),
-        Term(dora(base, second) if second else random_adapter(base), weights[1]),
-    ]
+    q, v, plain = dora(base, "q"), dora(base, "v", seed=2), random_adapter(base, "k")
+    needs_base = "a DoRA scales the rows of the base, so that .* can't be added to or cut without the base's own weight"
 
-    with pytest.raises(ModelError, match=reason) as error:
-        compose(terms)
+    for terms, how in (
+        ([Term(q), Term(q)], How()),
+        ([Term(q), Term(v, 0.5)], How()),
+        ([Term(q), Term(plain)], How()),
+        ([Term(q), Term(v)], How("svd")),
+        ([Term(q), Term(v)], How("ties")),
+        ([Term(q), Term(v)], How("linear", r=2)),
+    ):
+        with pytest.raises(ModelError, match=needs_base) as error:
+            compose(terms, how)
+        assert error.value.problems[0].fix == "give the base with `--base`"
+    with pytest.raises(ModelError, match=needs_base):
+        resize(q, lambda spectra: by_number(spectra, 2))
+    alone, _ = compose([Term(q, 1.0), Term(plain, 0.0)])
+    assert alone.layers.keys() == q.layers.keys()
 
-    assert "lora extract" in error.value.problems[0].fix
+
+def test_a_row_that_the_weights_take_away_is_no_doras_any_more(bases):
+    """g = 2 in every row, minus one of it: the base's rows are gone, and an update would be left in them."""
+    base, own = bases["llama"], own_weights(bases["llama"])
+    adapter = dora(base, "q")
+    doubled = {
+        path: replace(f, magnitude=2 * (own(path) + updates(adapter)[path]).norm(dim=1).float())
+        for path, f in adapter.layers.items()
+    }
+
+    with pytest.raises(ModelError, match="loses 32 rows of the base with these weights, and keeps an update in them"):
+        compose([Term(replace(adapter, layers=doubled), -1.0)], own=own)
 
 
-@pytest.mark.parametrize("how", [How("ties"), How("svd"), How("linear", r=2)], ids=str)
-def test_doras_are_neither_thinned_out_nor_cut(how, bases):
-    with pytest.raises(ModelError, match="DoRA adapters can only stand side by side as they are"):
-        compose([Term(dora(bases["llama"], "q")), Term(dora(bases["llama"], "v"))], how)
+def test_experts_have_no_magnitudes_and_so_no_dora_beside_them(tmp_path):
+    base = tiny_base(tmp_path / "mixtral", "mixtral")
+    terms = [Term(dora(base, "q")), Term(random_adapter(base, ["experts.down_proj"]))]
+
+    with pytest.raises(ModelError, match="PEFT's format has no magnitudes for experts"):
+        compose(terms, own=own_weights(base))
 
 
 def with_head(adapter: Adapter) -> Adapter:
@@ -293,7 +383,7 @@ def test_a_module_trained_whole_comes_along_as_it_is_and_goes_when_its_adapter_i
     assert torch.equal(found.extras["lm_head"]["weight"], headed.extras["lm_head"]["weight"])
     assert all(row.std(dim=-1).max() < 1e-4 for row in with_it)  # all logits of a token are the same
     assert all(torch.equal(got, plain) for got, plain in zip(answers_of(model), logits_of(base), strict=True))
-    small, _ = cut(found, lambda s: by_number(s, 2))
+    small, _ = resize(found, lambda s: by_number(s, 2))
     assert small.extras == found.extras
 
 
@@ -324,17 +414,12 @@ def test_adapters_of_different_tasks_are_not_added(bases):
         compose([Term(adapter), Term(classifier)])
 
 
-def cut(adapter: Adapter, choose) -> tuple[Adapter, dict]:
-    found = spectra(adapter)
-    return truncate(adapter, choose(found), found)
-
-
 @pytest.mark.parametrize("name", OTHERS)
 def test_a_cut_to_the_rank_it_has_is_the_same_function(name, bases):
     adapter = other(bases["llama"], name)
     largest = max(len(svd.S) for svd in spectra(adapter).values())
 
-    found, fits = cut(adapter, lambda s: by_number(s, largest))
+    found, fits = resize(adapter, lambda s: by_number(s, largest))
 
     assert_same_updates(found, updates(adapter))
     assert max(fit.error for fit in fits.values()) < 1e-6
@@ -343,7 +428,7 @@ def test_a_cut_to_the_rank_it_has_is_the_same_function(name, bases):
 def test_a_cut_leaves_narrower_modules_as_they_are(bases):
     adapter = other(bases["llama"], "patterns")
 
-    found, fits = cut(adapter, lambda s: by_number(s, 3))
+    found, fits = resize(adapter, lambda s: by_number(s, 3))
 
     assert {path: len(f.A) for path, f in found.layers.items()} == {
         path: 2 if ".0." in path else 3 for path in found.layers
@@ -353,13 +438,13 @@ def test_a_cut_leaves_narrower_modules_as_they_are(bases):
 
 def test_a_rank_above_all_there_is_is_refused(bases):
     with pytest.raises(RecipeError, match="`--r 5` is above the adapter's largest rank, 4"):
-        cut(random_adapter(bases["llama"]), lambda s: by_number(s, 5))
+        resize(random_adapter(bases["llama"]), lambda s: by_number(s, 5))
 
 
 def test_an_energy_gives_each_module_the_fewest_terms_that_hold_it(bases):
     adapter = random_adapter(bases["llama"], r=12)
 
-    found, fits = cut(adapter, lambda s: by_energy(s, 0.8))
+    found, fits = resize(adapter, lambda s: by_energy(s, 0.8))
 
     for path, svd in spectra(adapter).items():
         r = len(found.layers[path].A)
@@ -371,8 +456,8 @@ def test_a_budget_is_kept_and_spent_where_it_holds_most(bases):
     adapter = random_adapter(bases["llama"], r=12)
     whole = sum(s.norm**2 for s in spectra(adapter).values())
 
-    found, fits = cut(adapter, lambda s: by_budget(s, 4000))
-    even, even_fits = cut(adapter, lambda s: by_number(s, 3))
+    found, fits = resize(adapter, lambda s: by_budget(s, 4000))
+    even, even_fits = resize(adapter, lambda s: by_number(s, 3))
 
     def missed(fits):
         return sum((fit.error * fit.norm) ** 2 for fit in fits.values()) / whole
@@ -384,12 +469,7 @@ def test_a_budget_is_kept_and_spent_where_it_holds_most(bases):
 
 def test_a_budget_below_rank_1_is_refused(bases):
     with pytest.raises(RecipeError, match="the budget allows 100 parameters, and rank 1 on these modules has"):
-        cut(random_adapter(bases["llama"]), lambda s: by_budget(s, 100))
-
-
-def test_a_dora_is_not_cut(bases):
-    with pytest.raises(ModelError, match="is a DoRA"):
-        spectra(dora(bases["llama"], "q"))
+        resize(random_adapter(bases["llama"]), lambda s: by_budget(s, 100))
 
 
 RANKS = {
