@@ -152,6 +152,23 @@ def byte_tokenizer(template: str | None = CHATML) -> PreTrainedTokenizerFast:
     return fast
 
 
+def swapped_tokenizer() -> PreTrainedTokenizerFast:
+    """The same tokens; two of them have each other's ids."""
+    tokenizer = byte_tokenizer()
+    text = tokenizer.backend_tokenizer.to_str()
+    vocabulary = tokenizer.get_vocab()
+    first, second = (token for token, id in sorted(vocabulary.items(), key=lambda item: item[1])[-2:])
+    a, b = vocabulary[first], vocabulary[second]
+    changed = text.replace(f'"{first}":{a}', f'"{first}":{b}').replace(f'"{second}":{b}', f'"{second}":{a}')
+    return type(tokenizer)(
+        tokenizer_object=type(tokenizer.backend_tokenizer).from_str(changed),
+        chat_template=tokenizer.chat_template,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="<|im_end|>",
+    )
+
+
 def encoder_tokenizer() -> PreTrainedTokenizerFast:
     """The same tokens between a first and a last special one, with a second text behind the first; no end token."""
     tokenizer = byte_tokenizer(None).backend_tokenizer

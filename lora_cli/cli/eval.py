@@ -39,8 +39,6 @@ def eval_(
         )
     if recipe is None and not adapter and base is None:
         raise RecipeError(Problem("nothing to measure", fix="give `--adapter DIR`, a recipe, or `--base MODEL` alone"))
-    if allow_base_mismatch:
-        note("--allow-base-mismatch: the base's fingerprint is not required to match", style="yellow")
     comparison, name = _compare(recipe, adapter, base, data, set_ or [], allow_base_mismatch)
     note(f"data: {inert(comparison.report.summary())}")
     if json:

@@ -89,13 +89,20 @@ def accepted(order: Order, runtime: str) -> tuple[tuple[Unserved, ...], tuple[st
     Raises ModelError for what it can't serve, and for an adapter that is dead or of another base.
     """
     order.adapter.check_alive(where=str(order.folder))
-    found = check_served(runtime, subject_of(order))
+    return tuple(check_served(runtime, subject_of(order))), on_its_base(order)
+
+
+def on_its_base(order: Order) -> tuple[str, ...]:
+    """The tensors in which the base, where one is given, is another than the adapter's.
+
+    Raises ModelError for any, unless they are allowed, and for an adapter that doesn't fit it.
+    """
     if order.base is None:
-        return tuple(found), ()
+        return ()
     folder = order.base.folder
     differences = order.adapter.check_base(fingerprint(folder), folder, allow=order.allow_base_mismatch)
     order.adapter.check_fits(skeleton(folder, head_of(order.adapter)))
-    return tuple(found), tuple(differences)
+    return tuple(differences)
 
 
 def chosen_grid(order: Order) -> tuple[Grid | None, Choice | None]:

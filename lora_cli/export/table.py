@@ -11,7 +11,7 @@ from lora_cli.export.gguf_model import export_gguf
 from lora_cli.export.merged import MergeReport, merge
 from lora_cli.export.mlx import export_mlx
 from lora_cli.export.ollama import export_ollama
-from lora_cli.export.order import ExportReport, Order, chosen_grid
+from lora_cli.export.order import ExportReport, Order, chosen_grid, on_its_base
 from lora_cli.export.proof import compute_dtype, prove
 from lora_cli.export.served import export_sglang, export_vllm
 from lora_cli.limits import read_json
@@ -30,8 +30,10 @@ class Format:
 
 def export_peft(order: Order, progress: Progress | None = None) -> ExportReport:
     """PEFT's two files and the tokenizer, without checkpoints, logs and the rest of a run folder."""
+    differences = on_its_base(order)
     written = write_adapter(order.adapter, order.out, tokenizer=order.folder, transposed=order.transposed)
-    return ExportReport(order.out, "peft", len(to_tensors(order.adapter)), written.bytes, difference=0.0)
+    tensors = len(to_tensors(order.adapter))
+    return ExportReport(order.out, "peft", tensors, written.bytes, difference=0.0, base_differences=differences)
 
 
 def export_merged(order: Order, progress: Progress | None = None) -> MergeReport:

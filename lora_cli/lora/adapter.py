@@ -22,6 +22,8 @@ from lora_cli.lora.vocabulary import make_room, rows_for
 from lora_cli.lora.weights import CONVOLUTION, EMBEDDING, EXPERTS, LINEAR, Weight, weights_of
 from lora_cli.lora.whole import State
 
+GIVE_ITS_BASE = "give the base it was trained on with `--base`, or accept this one with `--allow-base-mismatch`"
+
 
 @dataclass(frozen=True)
 class Factors:
@@ -231,7 +233,9 @@ class Adapter:
             )
         )
 
-    def check_base(self, found: Fingerprint, where: Path, *, allow: bool = False) -> list[str]:
+    def check_base(
+        self, found: Fingerprint, where: Path, *, allow: bool = False, fix: str = GIVE_ITS_BASE
+    ) -> list[str]:
         """The tensors that tell the base with the fingerprint `found` from the one the adapter was trained on.
 
         Raises ModelError where there are any, unless they are allowed; an adapter that names no base fits all.
@@ -239,13 +243,8 @@ class Adapter:
         differences = self.base.differences(found) if self.base else []
         if differences and not allow:
             listed = ", ".join(differences[:3]) + (f" and {len(differences) - 3} more" if len(differences) > 3 else "")
-            raise ModelError(
-                Problem(
-                    f"the adapter was trained on another base: they differ in {listed}",
-                    where=str(where),
-                    fix="give the base it was trained on with `--base`, or accept this one with `--allow-base-mismatch`",
-                )
-            )
+            what = f"the adapter was trained on another base: they differ in {listed}"
+            raise ModelError(Problem(what, where=str(where), fix=fix))
         return differences
 
     def check_fits(self, model: nn.Module) -> None:

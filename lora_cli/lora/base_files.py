@@ -5,7 +5,8 @@ Headers are read here by hand (8 bytes of length, then JSON), so that looking in
 
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -25,8 +26,9 @@ BITS = {
 }  # fmt: skip
 CONVERT = "take a revision with .safetensors files, or convert it where that can do no harm"
 LFS_POINTER = b"version "  # of the text that stands for a file until it is fetched
-SAMPLED_TENSORS = 24
+SAMPLED_TENSORS = 128
 SAMPLED_BYTES = 4096
+NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")  # of a layer or an expert, in a tensor's name
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,14 @@ class Fingerprint:
         found = json.loads(text)
         return cls(str(found["layout"]), {str(name): str(digest) for name, digest in found["samples"].items()})
 
+    @classmethod
+    def from_record(cls, found: object) -> "Fingerprint | None":
+        """Of what run.json has of it; None where that is nothing or no fingerprint."""
+        try:
+            return cls.from_json(json.dumps(found))
+        except (TypeError, KeyError, AttributeError):
+            return None
+
     @property
     def short(self) -> str:
         """Twelve characters to print."""
@@ -65,18 +75,28 @@ class Fingerprint:
 
     def differences(self, other: "Fingerprint") -> list[str]:
         """The tensors that tell the two bases apart; empty when they are the same."""
-        names = [name for name in self.samples if other.samples.get(name) != self.samples[name]]
+        # earlier versions took samples of other tensors: where the layout is one, those that both have tell
+        names = [name for name in self.samples if other.samples.get(name, self.samples[name]) != self.samples[name]]
         return names or (["the names, types or shapes of the tensors"] if self.layout != other.layout else [])
 
 
 def fingerprint(folder: Path) -> Fingerprint:
-    """Reads the headers and some 100 KiB, whatever the size of the model: the same for a folder and a copy of it."""
+    """Reads the headers and at most 1.5 MiB, whatever the size of the model: the same for a folder and a copy of it."""
     tensors = stored_tensors(folder)
     names = sorted(tensors)
     layout = json.dumps([(name, tensors[name].dtype, tensors[name].shape) for name in names])
-    step = max(1, len(names) // SAMPLED_TENSORS)
-    samples = {name: _sample(tensors[name]) for name in names[::step]}
+    samples = {name: _sample(tensors[name]) for name in sampled(names)}
     return Fingerprint(hashlib.sha256(layout.encode()).hexdigest()[:16], samples)
+
+
+def sampled(names: Iterable[str]) -> list[str]:
+    """Some tensors of every kind, evenly over the layers: a fine-tune of one kind of module alone is another base."""
+    kinds: dict[str, list[str]] = {}
+    for name in sorted(names):
+        kinds.setdefault(NUMBER.sub("*", name), []).append(name)
+    each = max(1, SAMPLED_TENSORS // max(1, len(kinds)))
+    taken = (kind[n * len(kind) // each] for kind in kinds.values() for n in range(each))
+    return sorted(set(taken))
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:

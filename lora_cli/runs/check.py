@@ -43,6 +43,7 @@ from lora_cli.recipe.schema import Recipe, objective_of, share_of, sources_of
 from lora_cli.runs.figures import Figures, figures_of
 from lora_cli.runs.parts import Rows
 from lora_cli.runs.rows import load_rows, new_head, planned, recipe_tokenizer, refuse_pairs
+from lora_cli.runs.start import start_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -71,6 +72,7 @@ class Facts:
     rows: Rows | None
     model: "PreTrainedModel | None"  # without weights
     runtimes: tuple[str, ...] = ()  # that are to serve the adapter
+    base: Base | None = None  # perhaps without its weights
 
     @property
     def recipe(self) -> Recipe:
@@ -130,7 +132,7 @@ def check(loaded: LoadedRecipe, progress: OnTokenized | None = None, *, runtimes
         _made("objective", lambda: refuse_pairs(found.report), faults)
     head = new_head(training, found.labels if found else ())
     model = _made("model", lambda: _skeleton(loaded.recipe, base, head, tokenizer), faults)
-    facts = Facts(loaded, tokenizer, found, model, tuple(runtimes))
+    facts = Facts(loaded, tokenizer, found, model, tuple(runtimes), base)
     findings = (*faults, *_findings(facts))
     return Report(findings, figures_of(loaded.recipe, found, facts.model) if found else None)
 
@@ -140,7 +142,7 @@ def check_rows(loaded: LoadedRecipe, base: Base, tokenizer: "PreTrainedTokenizer
     head = new_head(loaded.recipe.training, rows.labels)
     # without one, `prepare` finds out on the real model
     model = _made("model", lambda: _skeleton(loaded.recipe, base, head, tokenizer), [])
-    findings = _findings(Facts(loaded, tokenizer, rows, model))
+    findings = _findings(Facts(loaded, tokenizer, rows, model, base=base))
     if fails := [finding for finding in findings if finding.level == "fail"]:
         raise ERRORS[fails[0].code](*(finding.problem for finding in fails))
     for finding in findings:
@@ -421,6 +423,14 @@ def rows_are_many(facts: Facts) -> str | Problem:
     return Problem(what, fix="add rows, or watch the held-out loss with `training.eval_steps`")
 
 
+def starts_on_its_own_base(facts: Facts) -> str | None:
+    """The adapter of `lora.start_from` is whole, and was trained on this base with this tokenizer."""
+    if facts.recipe.lora.start_from is None:
+        return None
+    adapter = start_of(facts.recipe, facts.base.folder, facts.tokenizer)
+    return f"it begins at an adapter of this base, SHA-256 {adapter.digest()[:12]}"
+
+
 class Check(NamedTuple):
     name: str
     needs: tuple[str, ...]  # the Facts it reads that may be missing
@@ -437,6 +447,7 @@ CHECKS = (
     Check("template", ("rows",), prompts_are_those_of_inference, only="sft"),
     Check("held-out", ("rows",), held_out_rows_are_unseen),
     Check("targets", ("model", "tokenizer"), targets_are_found),
+    Check("start", ("base", "tokenizer"), starts_on_its_own_base),
     Check("vocabulary", ("model", "rows"), tokens_have_embeddings),
     Check("runtimes", ("model",), runtimes_take_it),
     Check("disk", ("model",), the_disk_has_room),

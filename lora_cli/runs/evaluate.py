@@ -16,13 +16,12 @@ from lora_cli.errors import DataError, ModelError, Problem, RecipeError
 from lora_cli.evaluate.loss import HeldOut, held_out_loss
 from lora_cli.infer.generate import answer
 from lora_cli.lora.adapter import Adapter
-from lora_cli.lora.base_files import fingerprint
 from lora_cli.lora.completion import load_for
 from lora_cli.lora.peft_format import load_alive
 from lora_cli.lora.switch import switch, switched
 from lora_cli.models.base import Base, resolve_base
 from lora_cli.models.heads import Head, head_in, head_of
-from lora_cli.models.identity import check_tokenizer
+from lora_cli.models.identity import check_base, check_tokenizer
 from lora_cli.models.load import (
     check_vocabulary,
     default_device,
@@ -93,9 +92,8 @@ def load_resident(folders: Sequence[Path], model: Model | None, *, allow_base_mi
     model = model or trained_base(load_alive(first), first)
     adapters = {folder: load_for(folder, model.quantize) for folder in folders}
     base = resolve_base(model.base, model.revision)
-    identity = fingerprint(base.folder)
     for adapter in adapters.values():
-        adapter.check_base(identity, base.folder, allow=allow_base_mismatch)
+        check_base(adapter, base.folder, allow=allow_base_mismatch)
     head = _one_head(adapters) if adapters else head_in(base)
     tokens = tokenizer_folder(first, base.folder)
     tokenizer = load_tokenizer(tokens, writes=head is None)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lora_cli.lora.base_files import Fingerprint
 from lora_cli.runs.charts import curve_lines
 from lora_cli.runs.history import BROKEN_OFF, INTERRUPTED, History, number
 from lora_cli.runs.lock import resuming
@@ -294,6 +295,7 @@ def _environment(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     memory = number(machine.get("memory_bytes"))
     sessions = mappings(listed(record, "sessions"))
     resolved = record.get("resolved") if isinstance(record.get("resolved"), Mapping) else {}
+    known = Fingerprint.from_record(get(record, "base", "fingerprint"))
     facts = [
         ("run", record.get("id")),
         *(
@@ -316,7 +318,7 @@ def _environment(record: Mapping[str, Any]) -> list[tuple[str, str]]:
             "base",
             " @ ".join(str(part) for part in (get(record, "base", "name"), get(record, "base", "revision")) if part),
         ),
-        ("base fingerprint", get(record, "base", "fingerprint", "layout")),
+        ("base fingerprint", known.short if known else None),
         ("tokenizer fingerprint", get(record, "tokenizer", "fingerprint")),
         ("data fingerprint", get(record, "data", "train", "fingerprint")),
         ("adapter SHA-256", get(record, "adapter", "sha256")),

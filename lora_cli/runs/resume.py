@@ -18,6 +18,7 @@ import torch
 from lora_cli.data.encoder import tokenizer_fingerprint
 from lora_cli.data.examples import fingerprint
 from lora_cli.errors import DataError, ModelError, Problem, RecipeError, UserError
+from lora_cli.lora.base_files import Fingerprint
 from lora_cli.lora.peft_format import load_adapter
 from lora_cli.models.save import weights_digest
 from lora_cli.recipe.spelling import near
@@ -38,6 +39,7 @@ FREE_TO_CHANGE = (
 # What a step computes with: other ones, other bytes
 LIBRARIES = ("lora-cli", "torch", "transformers", "bitsandbytes")
 LENGTH = ("training.epochs", "training.max_steps")
+BASE = "model.base"
 # What the checkpoint's own tensors depend on: with another value it is another run
 FIXED = (
     "lora.r",
@@ -66,13 +68,13 @@ FINAL = ("all steps", "early stopping")
 ERRORS: Mapping[str, type[UserError]] = {
     "data.train": DataError,
     "data.eval": DataError,
-    "model.base": ModelError,
+    BASE: ModelError,
     "tokenizer": ModelError,
 }
 MEANING = {
     "data.train": "the training rows, as the tokenizer renders them,",
     "data.eval": "the held-out rows",
-    "model.base": "the fingerprint of the base",
+    BASE: "the fingerprint of the base",
     "tokenizer": "the tokenizer or its chat template",
     "processes": "the number of processes",
     "threads": "the number of threads",
@@ -113,7 +115,7 @@ def comparable(run: Run) -> dict[str, object]:
     blocks = run.recipe.model_dump(mode="json", exclude={"output"})
     values = {f"{block}.{key}": value for block, found in blocks.items() for key, value in found.items()}
     return {key: value for key, value in values.items() if key not in FREE_TO_CHANGE} | {
-        "model.base": run.fingerprint.short,
+        BASE: run.fingerprint.short,
         "model.dtype": str(run.dtype).removeprefix("torch."),  # what `auto` came to
         "data.train": fingerprint(run.rows.train),
         "data.eval": fingerprint(run.rows.held_out),
@@ -161,8 +163,8 @@ def _refuse(run: Run, changed: Mapping[str, tuple], allowed: Collection[str], *,
         what = f"{done} steps are done, and the recipe takes {changed['steps'][1]} now"
         raise RecipeError(Problem(what, where=where, fix="put it back, or start a new run with `--out`"))
     refused = {
-        key: _problem(key, *pair, where)
-        for key, pair in changed.items()
+        key: _problem(key, pair(then, now) + (_tensors(run) if key == BASE else ""), where)
+        for key, (then, now) in changed.items()
         if key in FIXED or not (key in allowed or key == "steps" or (longer and key in LENGTH))
     }
     if refused:
@@ -170,12 +172,20 @@ def _refuse(run: Run, changed: Mapping[str, tuple], allowed: Collection[str], *,
         raise ERRORS.get(causes[0], RecipeError)(*(refused[key] for key in causes))
 
 
-def _problem(key: str, then: object, now: object, where: str) -> Problem:
+def _problem(key: str, change: str, where: str) -> Problem:
     if key in FIXED:
         fix = "put it back, or start a new run with `--out`; `lora.start_from` begins it at this run's adapter"
     else:
         fix = f"put it back, start a new run with `--out`, or accept another result with `--allow-change {key}`"
-    return Problem(f"{_named(key)} has changed since the run was started: {pair(then, now)}", where=where, fix=fix)
+    return Problem(f"{_named(key)} has changed since the run was started: {change}", where=where, fix=fix)
+
+
+def _tensors(run: Run) -> str:
+    """In which tensors the base is another than the one the run was started on."""
+    found = run.folder.read_record().get("base")
+    known = Fingerprint.from_record(found.get("fingerprint")) if isinstance(found, dict) else None
+    names = known.differences(run.fingerprint) if known else []
+    return f"; they differ in {', '.join(names[:3])}" if names else ""
 
 
 def _named(key: str) -> str:

@@ -2,34 +2,46 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from lora_cli.errors import ModelError, Problem
 from lora_cli.lora.adapter import Adapter
-from lora_cli.lora.base_files import Fingerprint
+from lora_cli.lora.base_files import fingerprint
 from lora_cli.lora.completion import load_for
 from lora_cli.lora.config import LoRAConfig, of_expert
 from lora_cli.lora.inject import lora_layers, trained_beside
+from lora_cli.models.identity import check_tokenizer
 from lora_cli.recipe.schema import Recipe
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-def start_from(
-    recipe: Recipe,
-    model: nn.Module,
-    config: LoRAConfig,
-    base: Fingerprint,
-    base_folder: Path,
-    labels: Sequence[str] = (),
-) -> None:
+
+OTHER_BASE = "set `model.base` to the base that it was trained on, or `lora.start_from` to an adapter of this one"
+
+
+def start_of(recipe: Recipe, base: Path, tokenizer: "PreTrainedTokenizerBase | None" = None) -> Adapter:
+    """The adapter that `lora.start_from` names, on its own base and tokenizer; a base without weights yet fits all.
+
+    Raises ModelError where one of them is another than it was trained with.
+    """
+    adapter = load_for(Path(recipe.lora.start_from), recipe.model.quantize, alive=False)
+    if tokenizer is not None:
+        check_tokenizer(adapter, tokenizer, base, fix=OTHER_BASE)
+    if any(base.glob("*.safetensors")):
+        adapter.check_base(fingerprint(base), base, fix=OTHER_BASE)
+    return adapter
+
+
+def start_from(recipe: Recipe, model: nn.Module, config: LoRAConfig, base: Path, labels: Sequence[str] = ()) -> None:
     """Copy an adapter's factors into LoRA layers that are in place.
 
     Raises ModelError where the adapter is of another base, or its layers, ranks or scales are not those of the recipe.
     """
-    folder = Path(recipe.lora.start_from)
-    adapter = load_for(folder, recipe.model.quantize, alive=False)
-    adapter.check_base(base, base_folder)
-    if problems := list(_misfits(adapter, model, config, tuple(labels), str(folder))):
+    adapter = start_of(recipe, base)
+    if problems := list(_misfits(adapter, model, config, tuple(labels), recipe.lora.start_from)):
         raise ModelError(*problems)
     adapter.copy_into(model)
 

@@ -113,7 +113,6 @@ def prepare(
             model,
             recipe,
             base=base,
-            fingerprint=identity,
             tokenizer=tokenizer,
             rows=rows,
             head=head,

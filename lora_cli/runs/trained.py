@@ -11,7 +11,6 @@ from torch import nn
 from lora_cli.budget.modules import biases_of, counted, of_tokens, whole_of, whole_paths
 from lora_cli.budget.params import Budget, Whole, budget_of, full_budget
 from lora_cli.lora.adapter import Adapter
-from lora_cli.lora.base_files import Fingerprint
 from lora_cli.lora.config import CAUSAL_LM, SEQ_CLS, LoRAConfig
 from lora_cli.lora.inject import inject, names_of_targets
 from lora_cli.lora.targets import fused_notices, names_to_save
@@ -54,7 +53,6 @@ def with_adapter(
     recipe: Recipe,
     *,
     base: Base,
-    fingerprint: Fingerprint,
     tokenizer: "PreTrainedTokenizerBase",
     rows: Rows,
     head: Head | None,
@@ -94,7 +92,7 @@ def with_adapter(
     begin_at_mean(model, ids_of_tokens(tokenizer, lora.new_tokens))
     start = replace(Adapter.of(model, config), extras={}) if lora.init == "loftq" else None
     if lora.start_from:
-        start_from(recipe, model, config, fingerprint, base.folder, rows.labels)
+        start_from(recipe, model, config, base.folder, rows.labels)
     return Trained(budget, config, fan_in_fan_out(adapted.values()), start)
 
 

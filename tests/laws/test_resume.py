@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 from running import adapter_bytes, events, hashes, resumed_after
-from tiny import tiny_base
+from tiny import swapped_tokenizer, tiny_base
 
 from lora_cli.train import loop
 
@@ -253,6 +253,21 @@ def test_more_steps_extend_a_run_and_the_rate_follows_the_longer_schedule(done, 
     assert events(tmp_path / "out", "resumed")[0]["changed"] == {"training.max_steps": [6, 10], "steps": [6, 10]}
 
 
+def test_another_base_in_the_place_of_the_runs_own_is_refused_by_name(lora, recipe, tmp_path):
+    base = tiny_base(tmp_path / "base")
+    file = recipe(SETTINGS, base=base)
+    lora("train", file)
+    resumed_after(2, tmp_path / "out", file, lora)
+    before = hashes(tmp_path / "out")
+    tiny_base(base, seed=9)
+
+    done = lora("train", file, "--resume", code=4)
+
+    assert "`model.base` (the fingerprint of the base) has changed since the run was started" in done.err
+    assert "; they differ in lm_head.weight, model.embed_tokens.weight, model.layers.0.mlp.down_proj.weight" in done.err
+    assert hashes(tmp_path / "out") == before
+
+
 def test_fewer_steps_are_refused(lora, recipe):
     lora("train", recipe(SETTINGS))
 
@@ -300,7 +315,24 @@ def test_an_adapter_of_another_base_is_no_start(lora, recipe, tmp_path):
     start = {"lora.start_from": str(tmp_path / "out")}
     done = lora("train", recipe(SETTINGS | start, base=other), "--out", tmp_path / "next", code=4)
 
-    assert "the adapter was trained on another base" in done.err
+    assert "the adapter was trained on another base: they differ in lm_head.weight" in done.err
+    assert "set `model.base` to the base that it was trained on" in done.err
+
+
+def test_a_start_of_another_base_or_tokenizer_fails_the_preflight(lora, recipe, tmp_path, tiny_llama):
+    """Before any weight is loaded, in `lora check` as in `lora train`."""
+    lora("train", recipe(SETTINGS | {"training.max_steps": 1}))
+    start = {"lora.start_from": str(tmp_path / "out")}
+    other, retold = tiny_base(tmp_path / "other", seed=9), tiny_base(tmp_path / "retold")
+    swapped_tokenizer().save_pretrained(retold)
+
+    fine = lora("check", recipe(SETTINGS | start))
+    of_base = lora("check", recipe(SETTINGS | start, base=other), code=4)
+    of_tokenizer = lora("check", recipe(SETTINGS | start, base=retold), code=4)
+
+    assert "ok    start       it begins at an adapter of this base, SHA-256 " in fine.out
+    assert "fail  start       the adapter was trained on another base: they differ in lm_head.weight" in of_base.out
+    assert "fail  start       this tokenizer has other tokens or other ids" in of_tokenizer.out
 
 
 BEST = SETTINGS | {

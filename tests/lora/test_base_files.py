@@ -17,6 +17,7 @@ from lora_cli.lora.base_files import (
     Fingerprint,
     fingerprint,
     read_header,
+    sampled,
     stored_tensors,
     weight_files,
 )
@@ -89,6 +90,40 @@ def test_one_sampled_byte_changes_the_fingerprint_and_names_its_tensor(base, pla
 
     assert before.differences(fingerprint(base)) == [name]
     assert before.layout == fingerprint(base).layout
+
+
+KINDS = {
+    "llama-2-7b": (32, ["input_layernorm", "post_attention_layernorm", "mlp.down_proj", "mlp.gate_proj", "mlp.up_proj",
+                        "self_attn.k_proj", "self_attn.o_proj", "self_attn.q_proj", "self_attn.v_proj"]),
+    "mixtral-8x7b": (32, ["input_layernorm", "self_attn.o_proj", "block_sparse_moe.gate",
+                          *(f"block_sparse_moe.experts.{n}.w{m}" for n in range(8) for m in (1, 2, 3))]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model", KINDS)
+def test_every_kind_of_tensor_is_sampled_over_the_whole_depth(model):
+    """A base into which an adapter of one kind of module was merged is another base, whichever kind that is."""
+    layers, kinds = KINDS[model]
+    names = ["lm_head.weight", *(f"model.layers.{n}.{kind}.weight" for n in range(layers) for kind in kinds)]
+
+    found = sampled(names)
+
+    assert len(found) <= 128
+    assert "lm_head.weight" in found
+    for end in {kind.split(".")[-1] for kind in kinds}:
+        depth = sorted({int(name.split(".")[2]) for name in found if name.endswith(f".{end}.weight")})
+        assert len(depth) > 6
+        assert depth[0] < 6
+        assert depth[-1] > layers - 6
+
+
+def test_samples_of_an_earlier_version_tell_bases_apart_where_both_have_them(base):
+    found = fingerprint(base)
+    earlier = Fingerprint(found.layout, dict(list(found.samples.items())[::3]))
+    other = Fingerprint(found.layout, dict.fromkeys(found.samples, "x"))
+
+    assert earlier.differences(found) == found.differences(earlier) == []
+    assert earlier.differences(other) == list(earlier.samples)
 
 
 def test_another_layout_is_told_where_no_sample_tells_it(base):

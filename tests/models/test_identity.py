@@ -1,14 +1,18 @@
 """An adapter knows the tokenizer it was trained with: other ids are refused, another template is said."""
 
 import logging
+import re
 from dataclasses import replace
 
 import pytest
+import torch
 from adapters import random_adapter
-from running import write_rows
-from tiny import byte_tokenizer, tiny_base
+from running import hashes, write_rows
+from safetensors.torch import load_file, save_file
+from tiny import byte_tokenizer, swapped_tokenizer, tiny_base
 
 from lora_cli.errors import ModelError
+from lora_cli.lora.base_files import read_metadata
 from lora_cli.lora.identity import TokenizerFingerprint
 from lora_cli.lora.peft_format import load_adapter, save_adapter
 from lora_cli.models.identity import check_tokenizer, tokenizer_identity
@@ -23,23 +27,6 @@ def base(tmp_path_factory):
 @pytest.fixture(scope="module")
 def adapter(base):
     return replace(random_adapter(base, "q"), tokenizer=tokenizer_identity(load_tokenizer(base)))
-
-
-def swapped():
-    """The same tokens; two of them have each other's ids."""
-    tokenizer = byte_tokenizer()
-    text = tokenizer.backend_tokenizer.to_str()
-    vocabulary = tokenizer.get_vocab()
-    first, second = (token for token, id in sorted(vocabulary.items(), key=lambda item: item[1])[-2:])
-    a, b = vocabulary[first], vocabulary[second]
-    changed = text.replace(f'"{first}":{a}', f'"{first}":{b}').replace(f'"{second}":{b}', f'"{second}":{a}')
-    return type(tokenizer)(
-        tokenizer_object=type(tokenizer.backend_tokenizer).from_str(changed),
-        chat_template=tokenizer.chat_template,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="<|im_end|>",
-    )
 
 
 def lowered():
@@ -63,7 +50,7 @@ def test_a_copy_that_was_saved_and_loaded_is_the_same_tokenizer(base, adapter, t
 
 @pytest.mark.parametrize(
     ("other", "what"),
-    [(swapped, "has other tokens or other ids"), (lowered, "cuts texts into other tokens")],
+    [(swapped_tokenizer, "has other tokens or other ids"), (lowered, "cuts texts into other tokens")],
 )
 def test_other_ids_are_refused_unless_they_are_allowed(other, what, adapter, tmp_path, caplog):
     with pytest.raises(ModelError) as error:
@@ -102,7 +89,7 @@ def test_every_command_refuses_another_tokenizer_of_the_base(command, lora, base
     named = replace(adapter, config=replace(adapter.config, base_model_name_or_path=str(base)))
     save_adapter(named, tmp_path / "out")
     changed = tiny_base(tmp_path / "changed")
-    swapped().save_pretrained(changed)
+    swapped_tokenizer().save_pretrained(changed)
     more = {
         "eval": ["--data", write_rows(tmp_path / "rows.jsonl")],
         "generate": ["--prompt", "x", "--max-new-tokens", 1],
@@ -114,6 +101,109 @@ def test_every_command_refuses_another_tokenizer_of_the_base(command, lora, base
 
     assert "this tokenizer has other tokens or other ids than the one the adapter was trained with" in done.err
     lora(command, "--adapter", tmp_path / "out", *more[command])
+
+
+COMMANDS = {
+    "eval": lambda tmp_path: ["eval", "--data", write_rows(tmp_path / "rows.jsonl"), "--adapter"],
+    "generate": lambda tmp_path: ["generate", "--prompt", "x", "--max-new-tokens", 1, "--adapter"],
+    "merge": lambda tmp_path: ["merge", "--out", tmp_path / "made", "--adapter"],
+    "inspect": lambda tmp_path: ["inspect"],
+    "compose": lambda tmp_path: ["compose", "--out", tmp_path / "made"],
+} | {
+    f"export --to {to}": lambda tmp_path, to=to: ["export", "--to", to, "--out", tmp_path / "made", "--adapter"]
+    for to in ("peft", "merged", "gguf-adapter", "ollama", "mlx", "vllm", "sglang")
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory):
+    """Another base of the same shape: only its value projections are other ones, as if an adapter had been merged."""
+    folder = tiny_base(tmp_path_factory.mktemp("elsewhere") / "llama")
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    save_file({name: W * (1.01 if "v_proj" in name else 1) for name, W in tensors.items()}, file, {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_refuses_another_base_of_the_same_shape_and_names_its_tensors(
+    command, lora, adapter, elsewhere, tmp_path
+):
+    save_adapter(adapter, tmp_path / "out")
+    before = hashes(tmp_path / "out")
+
+    done = lora(*COMMANDS[command](tmp_path), tmp_path / "out", "--base", elsewhere, code=4)
+
+    assert (
+        "the adapter was trained on another base: they differ in model.layers.0.self_attn.v_proj.weight, "
+        "model.layers.1.self_attn.v_proj.weight\n" in done.err
+    )
+    assert "accept this one with `--allow-base-mismatch`" in done.err
+    assert hashes(tmp_path / "out") == before
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_another_base_that_is_allowed_is_said_by_every_command(command, lora, adapter, elsewhere, tmp_path):
+    save_adapter(adapter, tmp_path / "out")
+
+    done = lora(*COMMANDS[command](tmp_path), tmp_path / "out", "--base", elsewhere, "--allow-base-mismatch")
+
+    assert re.search(r"NOT (the base it was trained on|of one base) .--allow-base-mismatch", done.out + done.err)
+    assert "model.layers.0.self_attn.v_proj.weight" in done.out + done.err
+
+
+def not_a_number(tensors):
+    tensors[next(iter(tensors))][0, 0] = torch.nan
+    return tensors
+
+
+def narrower(tensors):
+    return {name: W[:, :-2].contiguous() if "lora_A" in name else W for name, W in tensors.items()}
+
+
+# What is done to the tensors of an adapter's file: (the change, exit code, what is said)
+DAMAGES = {
+    "values that are not finite": (not_a_number, 6, "the adapter holds values that are not finite in 1 layers"),
+    "every B zero": (
+        lambda tensors: {name: W * ("lora_A" in name) for name, W in tensors.items()},
+        6,
+        "the adapter does nothing: every lora_B is zero",
+    ),
+    "a layer lost": (
+        lambda tensors: {name: W for name, W in tensors.items() if ".layers.1." not in name},
+        4,
+        "its config names 2 modules of this base, and 1 of them have no factors, first model.layers.1.self_attn.q_proj",
+    ),
+    "a factor lost": (
+        lambda tensors: {name: W for name, W in tensors.items() if ".1.self_attn.q_proj.lora_A" not in name},
+        4,
+        "model.layers.1.self_attn.q_proj lacks lora_A",
+    ),
+    "another shape": (narrower, 4, "model.layers.0.self_attn.q_proj is [32, 32] in this base, and [32, 30] in the adapter"),
+    "another rank": (
+        lambda tensors: {name: W[:2] if "lora_A" in name else W[:, :2].contiguous() for name, W in tensors.items()},
+        4,
+        "has factors (2, 32) and (32, 2), and adapter_config.json says rank 4",
+    ),
+}  # fmt: skip
+LOOKING = ("inspect",)  # shows what is dead, and so does not refuse it
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_every_command_refuses_an_adapter_that_is_damaged(damage, command, lora, base, adapter, tmp_path):
+    change, code, said = DAMAGES[damage]
+    save_adapter(adapter, tmp_path / "out")
+    file = tmp_path / "out" / "adapter_model.safetensors"
+    save_file(change(load_file(file)), file, read_metadata(file))
+    if damage == "every B zero" and command in LOOKING:
+        code, said = 0, ""
+
+    done = lora(*COMMANDS[command](tmp_path), tmp_path / "out", "--base", base, code=code)
+
+    assert said in done.err
+    assert not (tmp_path / "made").exists()
 
 
 def test_a_run_records_the_tokenizer_it_trained_with(lora, recipe, tmp_path, tiny_llama):

@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 import pytest
 from running import events, hashes, write_recipe
 
+from lora_cli.lora.base_files import fingerprint
 from lora_cli.runs.charts import charts_of
 from lora_cli.runs.folder import RunFolder
 from lora_cli.runs.history import read_history
@@ -91,7 +92,7 @@ def page_of(folder: RunFolder) -> Page:
     return Page(folder.report.read_text(encoding="utf-8"))
 
 
-def test_a_run_leaves_its_page_and_its_card(trained):
+def test_a_run_leaves_its_page_and_its_card(trained, tiny_llama):
     page = Page((trained / "report.html").read_text(encoding="utf-8"))
 
     first, last = (events(trained, "evaluated")[place]["loss"] for place in (0, -1))
@@ -100,6 +101,7 @@ def test_a_run_leaves_its_page_and_its_card(trained):
     for part in ("Diagnosis", "Curves", "Samples", "Data", "Parameters", "Where it learned", "Proofs", "Recipe"):
         assert part in said
     assert "Frozen base unchanged" in said
+    assert fingerprint(tiny_llama).short in said
     assert "what is the cat?" in said
     assert (trained / "README.md").is_file()
 
