@@ -14,7 +14,7 @@ from functools import partial
 from lora_cli.budget.shapes import Config, falcon_norms, widths
 from lora_cli.kernels.sizes import LOGITS_AT_ONCE
 
-FLASH = "flash_attention_2"
+FLASH, EAGER = "flash_attention_2", "eager"  # transformers' names
 FP32 = 4  # bytes; what norms compute in, whatever the model's type
 
 
@@ -34,6 +34,7 @@ class Stretch:
     behind: str | None = None
     mlp: bool = False
     probabilities: int = 0
+    widened: bool = False  # in float32, and so of an input in 16 bits a copy
 
 
 @dataclass(frozen=True)
@@ -83,12 +84,17 @@ class Kept:
 
 @dataclass(frozen=True)
 class BlockMemory:
-    """What a block keeps as a whole, what of it its MLP keeps, and what stays of it if the block is computed again."""
+    """What a block keeps as a whole; what stays of it where its MLP, or all of it, is computed again; and what is there
+    beside that once it has been."""
 
     whole: Kept
     without_mlp: Kept  # with the MLP's input, from which it is computed again
     entry: Kept
+    mlp_again: Kept
+    again: Kept
+    behind_attention: Kept  # of the whole
     probabilities: int  # of each pair of tokens, that a gradient is made of
+    ends_in_norm: bool
 
 
 def block_memory(
@@ -104,22 +110,33 @@ def block_memory(
 
     Where its biases are trained, that of its first norm among them, a gradient comes through to what is behind that.
     """
-    whole, rest, flows, dry = Kept(), Kept(), reached, set[str]()
+    whole, rest, behind_attention, mlp_input, flows, dry = Kept(), Kept(), Kept(), None, reached, set[str]()
     for i, stretch in enumerate(stretches):
         flows = flows or (biased and i > 0)
         reading = [adapters[path] for path in stretch.inputs_of if path in adapters]
         shared = not stretch.inputs_of or (reading and not how.dropout and not how.freeze_A)
         token = stretch.token if flows else max(stretch.token, stretch.alone)
         kept = Kept(token, stretch.pair) if shared and (flows or reading) and stretch.behind not in dry else Kept()
+        mlp_input = kept if stretch.mlp and mlp_input is None else mlp_input
         dry |= set() if flows else set(stretch.inputs_of) - set(adapters)
         kept += Kept(sum(_kept_by(adapter, how, flows) for adapter in reading))
         flows = flows or bool(reading)
         whole += kept
         rest += kept if not stretch.mlp else Kept()
-    mlp_entry = next(stretch.token for stretch in stretches if stretch.mlp)
-    keeps = how.number * hidden if flows else 0
-    probabilities = max(stretch.probabilities for stretch in stretches)
-    return BlockMemory(whole, rest + Kept(mlp_entry if flows else 0), Kept(keeps), probabilities)
+        behind_attention = Kept() if stretch.probabilities else behind_attention + kept
+    mlp_entry = Kept(next(stretch.token for stretch in stretches if stretch.mlp) if flows else 0)
+    entry = Kept(how.number * hidden if flows else 0)
+    copied = stretches[0].widened and how.number < FP32
+    return BlockMemory(
+        whole,
+        without_mlp=rest + mlp_entry,
+        entry=entry,
+        mlp_again=whole - rest - mlp_input,
+        again=whole if copied else whole - entry,
+        behind_attention=behind_attention,
+        probabilities=max(stretch.probabilities for stretch in stretches),
+        ends_in_norm=stretches[-1].widened,
+    )
 
 
 def _kept_by(adapter: Adapter, how: How, flows: bool) -> float:
@@ -145,7 +162,7 @@ def last_norm(model_type: str, hidden: int, how: How) -> Kept:
 
 def _rms_norm(width: int, count: int = 1) -> Stretch:
     """Computed in float32, which is what is kept, with one factor for each of `count` vectors."""
-    return Stretch(FP32 * (width + count))
+    return Stretch(FP32 * (width + count), widened=True)
 
 
 def _layer_norm(width: int, how: How) -> Stretch:
@@ -159,7 +176,7 @@ def _attention(
 
     Probabilities are float32, but for a softmax in the model's `own_type`.
     """
-    if how.attention == "eager":
+    if how.attention == EAGER:
         probabilities = how.number if own_type else _probability(how) + (how.number if softcap else 0)
         return Stretch(how.number * 3 * queries, pair=heads * probabilities, probabilities=heads)
     masked = how.masked and how.attention != FLASH
@@ -176,7 +193,7 @@ def _probability(how: How) -> int:
 def _output(name: str, width: int, how: How, *, copied: bool = False) -> Stretch:
     """The input of the output projection: it is what attention keeps itself, unless it has to be put in order first."""
     own = how.number * width
-    return Stretch(own if copied or how.attention == "eager" else 0, inputs_of=(name,), alone=own)
+    return Stretch(own if copied or how.attention == EAGER else 0, inputs_of=(name,), alone=own)
 
 
 def _gated_mlp(c: Config, how: How) -> list[Stretch]:
@@ -294,7 +311,7 @@ def _phi3(c: Config, how: How) -> list[Stretch]:
 
 def _repeated(queries: int, keys: int, how: How) -> bool:
     """Whether v is repeated for all heads, and so no part of the fused projection any more."""
-    return how.attention == "eager" or (how.masked and how.attention != FLASH and keys < queries)
+    return how.attention == EAGER or (how.masked and how.attention != FLASH and keys < queries)
 
 
 def _gpt2(c: Config, how: How) -> list[Stretch]:
@@ -329,7 +346,7 @@ def _gpt_neox(c: Config, how: How) -> list[Stretch]:
         _layer_norm(hidden, how),
         Stretch(hidden * how.number, inputs_of=("attention.query_key_value",)),
         _attention(heads, hidden, hidden, how),
-        Stretch(0 if how.attention == "eager" else 2 * hidden * how.number),
+        Stretch(0 if how.attention == EAGER else 2 * hidden * how.number),
         _output("attention.dense", hidden, how, copied=True),
         *_plain_mlp(paths, (hidden, inner), how, act="gelu"),
     ]

@@ -6,23 +6,37 @@ gradients    float32                                         working      what o
 optimizer    the state of each trained parameter                          and passed backwards
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from lora_cli.budget.activations import Adapter, BlockMemory, How, Kept, block_memory, last_norm, stretches
+from lora_cli.budget.activations import (
+    EAGER,
+    FLASH,
+    Adapter,
+    BlockMemory,
+    How,
+    Kept,
+    block_memory,
+    last_norm,
+    stretches,
+)
 from lora_cli.budget.memory import FP32, base_bytes
 from lora_cli.budget.params import Budget, Whole, budget_of
 from lora_cli.budget.shapes import Linear, ModelShape
 from lora_cli.kernels.sizes import ENOUGH_ROWS
 from lora_cli.lora.config import LoRAConfig
 from lora_cli.lora.targets import layer_index
-from lora_cli.models.recompute import MLP, Recompute, is_recomputed
+from lora_cli.models.recompute import EVERY_BLOCK, MLP, NOTHING, Recompute, is_recomputed
 
 # The loss and its gradient, in float32. Of all logits at once: log-probabilities, their gradient, and the logits'
 BYTES_A_LOGIT = 3 * FP32
 # Of a stretch: the logits, in whose place their gradient is made, beside it in the base's type; and the slope of a cap
 BYTES_IN_A_STRETCH, BYTES_OF_A_SLOPE = FP32, FP32
 GRADIENTS_AT_ONCE = 2
+NORMS_GRADIENT = 5  # vectors in float32 that stand side by side while a norm in float32 is passed backwards
+TWO_ATTENTIONS = ("gemma2", "gemma3_text")  # to all tokens before, and to those in a window
+WEIGHTED_IN_FLOAT32 = ("mixtral",)  # the outputs of experts; others weight them in the model's type
 INDEX = 8  # bytes of a number that says where to look
 # Bytes of state a trained parameter: two moments in float32, or in 8 bits with a scale a block of 256
 OPTIMIZER_BYTES = {"adamw": 8.0, "paged_adamw": 8.0, "adamw_8bit": 2.03, "paged_adamw_8bit": 2.03}
@@ -124,9 +138,6 @@ class Setup:
     @cached_property
     def widest(self) -> int:
         """Features of the widest vector inside a block that a gradient is made of."""
-        c = self.shape.config
-        if experts := c.get("num_experts_per_tok"):
-            return experts * (c["hidden_size"] // 2 + (c.get("moe_intermediate_size") or c["intermediate_size"]))
         down = next(part for part in reversed(self.shape.linears) if layer_index(part.path) is not None)
         return max(down.in_features, down.out_features)
 
@@ -170,13 +181,13 @@ class StepMemory:
 
 def step_memory(setup: Setup, batch: Batch, recompute: Recompute) -> StepMemory:
     """The peak: either while the loss is made, or while one of the blocks is passed backwards, whichever is more."""
-    kept = [_kept(block, i, recompute).of(batch.rows, batch.row_length) for i, block in enumerate(setup.blocks)]
-    after = _behind_the_blocks(setup, batch)
-    logits = _logits(setup, batch)
-    peak = (sum(kept) + after, logits, 0.0)
+    kept = list(_kept_by_blocks(setup, batch, recompute))
+    masks, logits = _masks(setup, batch), _logits(setup, batch)
+    peak = (masks + sum(kept) + _behind_the_blocks(setup, batch), logits, 0.0)
     for i, block in enumerate(setup.blocks):
-        again = _again(block, i, recompute).of(batch.rows, batch.row_length)
-        peak = max(peak, (sum(kept[: i + 1]), 0.0, again + _backward(setup, block, batch)), key=sum)
+        again = _recomputed(i, recompute)
+        inside = _again(block, again).of(batch.rows, batch.row_length)
+        peak = max(peak, (masks + sum(kept[: i + 1]), 0.0, inside + _backward(setup, block, batch, again)), key=sum)
     activations, logits, working = map(round, peak)
     return StepMemory(*_standing(setup), activations, logits, working)
 
@@ -198,19 +209,37 @@ def _beside_rows(setup: Setup) -> int:
 
 def kept_bytes(setup: Setup, batch: Batch, recompute: Recompute) -> float:
     """What blocks and last norm keep of a forward, until the backward pass asks for it."""
-    kept = (_kept(block, i, recompute).of(batch.rows, batch.row_length) for i, block in enumerate(setup.blocks))
-    return sum(kept) + _behind_the_blocks(setup, batch)
+    return sum(_kept_by_blocks(setup, batch, recompute)) + _behind_the_blocks(setup, batch)
 
 
-def _kept(block: BlockMemory, number: int, recompute: Recompute) -> Kept:
+def _kept_by_blocks(setup: Setup, batch: Batch, recompute: Recompute) -> Iterator[float]:
+    for i, block in enumerate(setup.blocks):
+        yield _kept(block, _recomputed(i, recompute)).of(batch.rows, batch.row_length)
+
+
+def _recomputed(number: int, recompute: Recompute) -> Recompute:
+    """What of the block of this number is computed again: nothing, its MLP, or all of it."""
     if recompute == MLP:
-        return block.without_mlp
-    return block.entry if is_recomputed(number, recompute) else block.whole
+        return MLP
+    return EVERY_BLOCK if is_recomputed(number, recompute) else NOTHING
 
 
-def _again(block: BlockMemory, number: int, recompute: Recompute) -> Kept:
-    """What is there beside what was kept once the block, or its MLP, has been computed again."""
-    return block.whole - _kept(block, number, recompute)
+def _kept(block: BlockMemory, again: Recompute) -> Kept:
+    return {NOTHING: block.whole, MLP: block.without_mlp, EVERY_BLOCK: block.entry}[again]
+
+
+def _again(block: BlockMemory, again: Recompute) -> Kept:
+    """What is there beside what was kept once it has been computed again."""
+    return {NOTHING: Kept(), MLP: block.mlp_again, EVERY_BLOCK: block.again}[again]
+
+
+def _masks(setup: Setup, batch: Batch) -> float:
+    """What all blocks read of which token sees which: for each kind of attention a number a pair, or a byte for kernels."""
+    how = setup.how
+    if not how.masked or how.attention == FLASH:
+        return 0
+    kinds = 2 if setup.shape.model_type in TWO_ATTENTIONS else 1
+    return kinds * (how.number if how.attention == EAGER else 1) * batch.tokens * batch.row_length
 
 
 def _behind_the_blocks(setup: Setup, batch: Batch) -> float:
@@ -239,17 +268,37 @@ def _logits(setup: Setup, batch: Batch) -> float:
     return a_logit * vocabulary * rows + copies + 2 * how.number * hidden * batch.trained
 
 
-def _backward(setup: Setup, block: BlockMemory, batch: Batch) -> float:
+def _backward(setup: Setup, block: BlockMemory, batch: Batch, again: Recompute) -> float:
     """Gradients that stand side by side while the widest part of a block is passed backwards, and a weight unpacked.
+    `again` tells what of the block has been computed again by then.
 
-    Where attention keeps the probabilities of all pairs, theirs come when what the MLP has kept is free again.
+    Where a norm in float32 ends the block, that is passed first, before an MLP is computed again. Where attention keeps
+    the probabilities of all pairs, theirs come when what is kept behind it is free again.
     """
-    narrow = 2 * setup.how.number * setup.shape.hidden
-    in_mlp = GRADIENTS_AT_ONCE * setup.widest * setup.how.number + narrow
+    hidden, narrow = setup.shape.hidden, 2 * setup.how.number * setup.shape.hidden
+    in_norm = NORMS_GRADIENT * FP32 * hidden if block.ends_in_norm and again != MLP else 0
+    in_mlp = _in_mlp(setup, again)
     pairs = GRADIENTS_AT_ONCE * FP32 * block.probabilities * batch.row_length
-    in_attention = narrow + pairs - (block.whole - block.without_mlp).token
+    in_attention = pairs - block.behind_attention.token
     unpacked = 0 if setup.quantize == "none" else setup.how.number * setup.largest_weight
-    return max(batch.tokens * max(in_mlp, in_attention) + unpacked, _widened(setup, batch, narrow))
+    wide = batch.tokens * (narrow + max(in_norm, in_mlp, in_attention))
+    return max(wide + unpacked, _widened(setup, batch, narrow))
+
+
+def _in_mlp(setup: Setup, again: Recompute) -> float:
+    """Bytes a token of two gradients of the widest vector; of a mixture, what its experts take."""
+    c, number = setup.shape.config, setup.how.number
+    if not (experts := c.get("num_experts_per_tok")):
+        return GRADIENTS_AT_ONCE * setup.widest * number
+    weighted = FP32 if setup.shape.model_type in WEIGHTED_IN_FLOAT32 else number
+    inner = experts * (c.get("moe_intermediate_size") or c["intermediate_size"])
+    outputs, entry = experts * c["hidden_size"], c["hidden_size"] if again == EVERY_BLOCK else 0
+    return max(
+        (2 * weighted + number) * outputs + number * entry if again != NOTHING else 0,  # at the end of its forward
+        3 * weighted * outputs,  # as the outputs, weighted in a type of their own, are put in order
+        number * (outputs + 2 * inner),  # in the projection down
+        number * (3 * inner - outputs),  # in the product of gate and up: the outputs are free again
+    )
 
 
 def _widened(setup: Setup, batch: Batch, narrow: int) -> float:

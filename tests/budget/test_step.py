@@ -3,8 +3,8 @@
 import pytest
 import torch
 from budget.steps import TinyStep, tiny_step
-from tiny import CONFIGS
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny import CONFIGS, EXPERTS
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lora_cli.budget.activations import How
 from lora_cli.budget.bases import measure_base
@@ -29,8 +29,11 @@ def peak_bytes(step: TinyStep) -> int:
     return peak.bytes
 
 
+NAMES = [*(name for name in CONFIGS if name != "llama-tied"), "qwen3_moe"]
+
+
 @pytest.mark.parametrize("recompute", [0, 1, 2, "mlp"])
-@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "llama-tied"])
+@pytest.mark.parametrize("name", NAMES)
 def test_the_predicted_peak_is_the_measured_one_within_5_percent(name, recompute):
     if (name, recompute) == ("opt", "mlp"):
         pytest.skip("its blocks have no module for the MLP")
@@ -43,7 +46,7 @@ def test_the_predicted_peak_is_the_measured_one_within_5_percent(name, recompute
 
 @pytest.mark.parametrize("hardware", [True, False], ids=["bf16 hardware", "widened"])
 @pytest.mark.parametrize("recompute", [0, 1])
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "phi3", "gpt2", "gpt_neox", "opt", "falcon"])
+@pytest.mark.parametrize("name", NAMES)
 def test_in_16_bits_it_is_too_with_instructions_for_them_or_without(name, recompute, hardware, monkeypatch):
     monkeypatch.setattr(products, "_cpu_has_bfloat16", lambda: hardware)
     step = tiny_step(name, dtype=torch.bfloat16, packed=True, recompute=recompute)
@@ -64,6 +67,32 @@ def test_the_head_and_the_weights_are_widened_one_at_a_time(hardware, monkeypatc
     step = tiny_step(model, dtype=torch.bfloat16, packed=True)
 
     assert step_memory(step.setup, step.batch, 0).total == pytest.approx(peak_bytes(step), rel=0.05)
+
+
+MIXTURES = [
+    {"num_experts_per_tok": 4, "intermediate_size": 24},  # what leaves the experts is most
+    {"num_experts_per_tok": 3, "intermediate_size": 256},  # what is inside of them is
+    {"num_experts_per_tok": 2, "intermediate_size": 64, "num_hidden_layers": 4},
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("recompute", [0, 1, "mlp"])
+@pytest.mark.parametrize("sizes", MIXTURES, ids=str)
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_experts_of_all_proportions_are_counted_as_many_times_as_a_token_meets_some(name, sizes, recompute, dtype):
+    config = (CONFIGS | EXPERTS)[name]()
+    config.update(
+        sizes | {"num_local_experts": 8, "num_experts": 8, "moe_intermediate_size": sizes["intermediate_size"]}
+    )
+    torch.manual_seed(0)
+    step = tiny_step(
+        AutoModelForCausalLM.from_config(config, dtype=dtype), packed=True, recompute=recompute, dtype=dtype
+    )
+
+    predicted = step_memory(step.setup, step.batch, recompute).total
+
+    assert predicted == pytest.approx(peak_bytes(step), rel=0.05)
 
 
 BESIDE = [
