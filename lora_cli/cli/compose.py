@@ -93,7 +93,7 @@ def made_document(made: "Made") -> dict:
 
 def show_made(made: "Made") -> None:
     """A table by kind of module, the error over all, and where it was written."""
-    from lora_cli.cli.console import bytes_text, inert, number, out, plain_table, show
+    from lora_cli.cli.console import bytes_text, inert, number, plain_table, show, show_table
     from lora_cli.lora.targets import kind_of
 
     table = plain_table("module", "modules", "r", "‖ΔW‖", "error", "largest error")
@@ -111,7 +111,7 @@ def show_made(made: "Made") -> None:
             percent(total_error(fits)),
             percent(max(fit.error for fit in fits)),
         )
-    out.print(table)
+    show_table(table)
     error = total_error(made.fits.values())
     show(
         "error    none: the result is exact to rounding"

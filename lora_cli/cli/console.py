@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -18,6 +19,8 @@ from lora_cli.wording import bytes_text as bytes_text
 from lora_cli.wording import duration as duration
 from lora_cli.wording import inert as inert
 from lora_cli.wording import number as number
+
+WIDEST = 1000  # columns of a table in a file
 
 # highlight and markup off: text is data
 out = Console(highlight=False, markup=False, emoji=False)
@@ -60,6 +63,16 @@ def plain_table(*columns: str, title: str | None = None) -> Table:
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
     return table
+
+
+def show_table(table: Table) -> None:
+    """On stdout; where that is no terminal, its lines are as long as they need to be."""
+    known = out.width
+    if not out.is_terminal:
+        needed = Measurement.get(out, out.options.update(width=WIDEST), table).maximum
+        out.width = max(known, needed)
+    out.print(table)
+    out.width = known
 
 
 def show_notices() -> None:

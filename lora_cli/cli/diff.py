@@ -42,12 +42,15 @@ def diff(
 
     from lora_cli.cli.console import inert, show, show_json
     from lora_cli.errors import ModelError, Problem, RecipeError
+    from lora_cli.export.staging import refuse_output
     from lora_cli.runs.inspect import compare_adapters
 
     if picture is not None and picture.suffix != ".svg":
         raise RecipeError(
             Problem(f"`--picture {picture}` is no .svg file", fix="name it as in `--picture overlap.svg`")
         )
+    if picture is not None:
+        refuse_output(picture)
     found = compare_adapters(a, b, side)
     if module is not None:
         pairs = tuple(pair for pair in found.pairs if module in (pair.path, pair.kind, pair.path.rsplit(".", 1)[-1]))
@@ -73,7 +76,7 @@ def diff(
 
 
 def _show_settings(found: "Comparison") -> None:
-    from lora_cli.cli.console import inert, out, plain_table, show
+    from lora_cli.cli.console import inert, plain_table, show, show_table
 
     if found.same_base is not None:
         show("trained on the same base" if found.same_base else "trained on DIFFERENT bases")
@@ -88,11 +91,11 @@ def _show_settings(found: "Comparison") -> None:
     table = plain_table("setting", "A", "B")
     for key, (first, second) in found.config.items():
         table.add_row(key, inert(str(first)), inert(str(second)))
-    out.print(table)
+    show_table(table)
 
 
 def _show_pairs(pairs: "tuple[Pair, ...]") -> None:
-    from lora_cli.cli.console import inert, number, out, plain_table, show
+    from lora_cli.cli.console import inert, number, plain_table, show, show_table
 
     show("")
     table = plain_table("module", "modules", "‖A − B‖ / ‖A‖", "cosine", "φ(1, 1)", "φ(all, all)", "by chance")
@@ -103,7 +106,7 @@ def _show_pairs(pairs: "tuple[Pair, ...]") -> None:
         means = (_mean(values) for values in ([p.relative for p in group], [p.cosine for p in group]))
         figures = [f"{value:.3f}" for value in (*means, _mean(first), _mean(corner), _mean(chance))]
         table.add_row(inert(kind), number(len(group)), *figures)
-    out.print(table)
+    show_table(table)
 
 
 def _show_overlap(pairs: "tuple[Pair, ...]", side: str) -> None:
@@ -112,6 +115,9 @@ def _show_overlap(pairs: "tuple[Pair, ...]", side: str) -> None:
     from lora_cli.runs.inspect import mean_overlap
 
     panel, (rows, columns) = thinned(mean_overlap(list(pairs)), MOST_SHOWN)
+    if not panel.numel():
+        show("\nφ(i, j): one of them changes nothing, and so has no directions")
+        return
     show(f"\nφ(i, j): how much of the smaller of A's first i and B's first j {side} directions lies in the other")
     show("   i \\ j " + "".join(f"{j:>3}" for j in columns))
     for i, row in zip(rows, panel.tolist(), strict=True):
@@ -122,6 +128,7 @@ def _show_overlap(pairs: "tuple[Pair, ...]", side: str) -> None:
 
 
 def _write_picture(file: Path, found: "Comparison", a: Path, b: Path, side: str) -> None:
+    from lora_cli.export.staging import staged_file
     from lora_cli.runs.heat_map import svg
     from lora_cli.runs.inspect import mean_overlap
 
@@ -130,7 +137,8 @@ def _write_picture(file: Path, found: "Comparison", a: Path, b: Path, side: str)
     if len(kinds) > 1:
         panels |= {kind: mean_overlap(group) for kind, group in list(kinds.items())[:MOST_PANELS]}
     title = f"Overlap φ(i, j) of the {side} directions of A = {a.name} and B = {b.name}"
-    file.write_text(svg(panels, title=title, rows="A", columns="B"), encoding="utf-8")
+    with staged_file(file) as draft:
+        draft.write_text(svg(panels, title=title, rows="A", columns="B"), encoding="utf-8")
 
 
 def _by_kind(pairs: "tuple[Pair, ...]") -> "dict[str, list[Pair]]":

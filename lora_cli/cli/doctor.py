@@ -7,7 +7,7 @@ import typer
 
 def doctor(json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False) -> None:
     """Tell what this machine can do, what is missing, and how to get it."""
-    from lora_cli.cli.console import out, plain_table, show, show_json
+    from lora_cli.cli.console import plain_table, show, show_json, show_table
     from lora_cli.runs.doctor import examine
 
     findings = examine()
@@ -17,10 +17,10 @@ def doctor(json: Annotated[bool, typer.Option("--json", help="Print one JSON doc
     versions = plain_table("package", "version")
     for name, version in findings.versions.items():
         versions.add_row(name, version or "missing")
-    out.print(versions)
+    show_table(versions)
     show("")
     abilities = plain_table("ability", "", "")
     abilities.columns[2].justify = abilities.columns[1].justify = "left"
     for ability in findings.abilities:
         abilities.add_row(ability.what, "yes" if ability.possible else "no", ability.note)
-    out.print(abilities)
+    show_table(abilities)

@@ -78,7 +78,7 @@ def _show(comparison) -> None:
     if comparison.majority:
         _show_classes(comparison)
         return
-    from lora_cli.cli.console import inert, number, out, plain_table, show
+    from lora_cli.cli.console import inert, number, plain_table, show, show_table
 
     table = plain_table("", "loss", "perplexity")
     measured = {_title(name): found for name, found in comparison.measured.items()}
@@ -89,12 +89,12 @@ def _show(comparison) -> None:
         for who, found in measured.items():
             loss = found.sources[source]
             table.add_row(f"  {who}", f"{loss:.4f}", f"{math.exp(min(loss, 700)):.2f}")
-    out.print(table)
+    show_table(table)
     show(f"{number(comparison.base.rows)} rows, {number(comparison.base.tokens)} trained tokens, nats a token")
 
 
 def _show_classes(comparison) -> None:
-    from lora_cli.cli.console import inert, number, out, plain_table, show
+    from lora_cli.cli.console import inert, number, plain_table, show, show_table
 
     table = plain_table("", "loss", "accuracy", "macro-F1")
     majority = comparison.majority
@@ -102,7 +102,7 @@ def _show_classes(comparison) -> None:
     measured = comparison.measured
     for name, found in measured.items():
         table.add_row(_title(name), f"{found.loss:.4f}", *map(_figure, found.metrics.values()), style="bold")
-    out.print(table)
+    show_table(table)
     show(f"{number(_rows(measured))} rows, {len(comparison.report.labels)} labels; the most common one is the baseline")
 
 

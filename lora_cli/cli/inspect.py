@@ -101,7 +101,7 @@ def _origin(origin: dict) -> str:
 
 
 def _show_modules(modules: Sequence["Module"], *, each: bool) -> None:
-    from lora_cli.cli.console import inert, number, out, plain_table
+    from lora_cli.cli.console import inert, number, plain_table, show_table
 
     groups: dict[str, list[Module]] = {}
     for module in modules:
@@ -116,12 +116,12 @@ def _show_modules(modules: Sequence["Module"], *, each: bool) -> None:
         row += [_range(m.effective_rank for m in group), _range(m.energy_rank for m in group)]
         row += [number(sum(m.intruders for m in group))] if counted else []
         table.add_row(*row, sparkline(_mean_spectrum(group)))
-    out.print(table)
+    show_table(table)
 
 
 def show_beside(parts: "Sequence[Beside]", relative: str | None) -> None:
     """What is trained beside the layers; `relative` heads the column of how far it is from what it is compared with."""
-    from lora_cli.cli.console import inert, number, out, plain_table, show
+    from lora_cli.cli.console import inert, number, plain_table, show, show_table
 
     if not parts:
         return
@@ -132,7 +132,7 @@ def show_beside(parts: "Sequence[Beside]", relative: str | None) -> None:
         title = f"{len(group)} biases" if kind == "bias" else f"rows of {path}" if kind == "rows" else f"{path}, whole"
         cells = [_range(far) if far else "–"] if relative else []
         table.add_row(inert(title), number(sum(part.parameters for part in group)), *cells)
-    out.print(table)
+    show_table(table)
 
 
 def _by_kind_beside(parts: "Sequence[Beside]") -> "list[tuple[str, str, list[Beside]]]":
@@ -156,16 +156,28 @@ def _show_advice(found: "Inspection") -> None:
     show("")
     if found.adapter.config.use_dora:
         show("note     a DoRA: effective rank and spectrum are of its low-rank part")
-    if dead := [module.path for module in found.modules if module.dead]:
+    dead = [module.path for module in found.modules if module.dead]
+    if dead:
         rest = f" and {len(dead) - NAMED} more" if len(dead) > NAMED else ""
         show(f"dead     {len(dead)} modules change nothing: {inert(', '.join(dead[:NAMED]))}{rest}")
-    suggested = found.suggested
-    if suggested is None:
+    if len(dead) < len(found.modules):
+        _show_suggested(found.suggested)
+
+
+def _show_suggested(keys: dict[str, object] | None) -> None:
+    """In a recipe's own words, to be copied."""
+    from lora_cli.cli.console import inert, show
+
+    if keys is None:
         show("rank     no kind of module holds 90 % of its ‖ΔW‖² with less rank than it has")
         return
-    r, pattern = suggested
-    listed = ", ".join(f"{inert(kind)}: {rank}" for kind, rank in pattern.items())
-    show(f"rank     90 % of every ‖ΔW‖² fits in `r: {r}`" + (f", `rank_pattern: {{{listed}}}`" if pattern else ""))
+    show("rank     90 % of every ‖ΔW‖² fits in less, at the same scale; in a recipe:")
+    show("lora:")
+    for key, value in keys.items():
+        if isinstance(value, dict):
+            value = "{" + ", ".join(f"{inert(kind)}: {number:g}" for kind, number in value.items()) + "}"
+        if value != "{}":
+            show(f"  {key}: {value if isinstance(value, str) else f'{value:g}'}")
 
 
 def _range(values) -> str:

@@ -145,15 +145,15 @@ def _notes(base: "MeasuredBase", lora: "LoRA", budget: "Budget", paths: list[str
 
 def _show(answer: Answer) -> None:
     from lora_cli.budget.memory import ASSUMPTIONS
-    from lora_cli.cli.console import bytes_text, inert, out, show
+    from lora_cli.cli.console import bytes_text, inert, show, show_table
 
     budget, lora = answer.budget, answer.lora
     method = f"LoRA on {inert(_wanted(lora))} · {_strength(lora)}" if lora else "full fine-tuning"
     show(f"{inert(answer.base.name)} · {method}\n", style="bold")
-    out.print(_modules(budget, _trained_in_each(lora) if lora else ""))
+    show_table(_modules(budget, _trained_in_each(lora) if lora else ""))
     show(f"\ntrained   {budget}", style="bold")
     show(f"{'adapter' if lora else 'model  '}   {bytes_text(budget.adapter_bytes)} on disk (float32)\n")
-    out.print(_memory(answer.methods))
+    show_table(_memory(answer.methods))
     show("\n" + "\n".join(ASSUMPTIONS), style="dim")
     for note in answer.notes:
         show(f"note: {note}")
@@ -250,7 +250,7 @@ def _adapter(lora: "LoRA") -> dict:
 def _show_catalogue(as_json: bool) -> None:
     from lora_cli.budget.catalogue import CATALOGUE
     from lora_cli.budget.shapes import shape_of
-    from lora_cli.cli.console import out, plain_table, show_json
+    from lora_cli.cli.console import plain_table, show_json, show_table
 
     rows = [(entry, shape_of(entry.config)) for entry in CATALOGUE]
     if as_json:
@@ -260,7 +260,7 @@ def _show_catalogue(as_json: bool) -> None:
     table.add_column("hub id")
     for entry, shape in rows:
         table.add_row(entry.name, _count(shape.parameters), next(iter(entry.hub_ids), "–"))
-    out.print(table)
+    show_table(table)
 
 
 def _count(n: int) -> str:

@@ -33,7 +33,7 @@ def plan(
 
 
 def _show(plan: "Plan") -> None:
-    from lora_cli.cli.console import bytes_text, inert, out, plain_table, show
+    from lora_cli.cli.console import bytes_text, inert, plain_table, show, show_table
 
     lora, machine = plan.ways[0].setup.config, plan.machine
     devices = f"{plan.gpus} × {machine.name}" if plan.gpus > 1 else machine.name
@@ -41,7 +41,7 @@ def _show(plan: "Plan") -> None:
     table = plain_table("", *(way.name for way in plan.ways))
     for name, cells in _lines(plan):
         table.add_row(name, *cells)
-    out.print(table)
+    show_table(table)
     show("")
     for note in _notes(plan):
         show(note, style="dim")

@@ -186,8 +186,7 @@ def _tell(out: Path, recipe: Path, plans: "Sequence[Planned]", *, as_json: bool)
 
 
 def _show(out: Path, outcomes: "Sequence[Outcome]") -> None:
-    from lora_cli.cli.console import duration, number, plain_table, show
-    from lora_cli.cli.console import out as stdout
+    from lora_cli.cli.console import duration, number, plain_table, show, show_table
     from lora_cli.runs.outcomes import PAGE, loss_name
 
     table = plain_table("run", loss_name(outcomes), "best at", "steps", "parameters", "time")
@@ -201,7 +200,7 @@ def _show(out: Path, outcomes: "Sequence[Outcome]") -> None:
             _or_dash(outcome.parameters, number),
             _or_dash(outcome.seconds, duration),
         )
-    stdout.print(table)
+    show_table(table)
     best = outcomes[0]
     if best.first_loss is not None:
         show(f"before training the held-out loss is {best.first_loss:.4f}")

@@ -44,9 +44,9 @@ def staged(out: Path, *, beside: Path | None = None) -> Iterator[Path]:
 def staged_file(out: Path) -> Iterator[Path]:
     """As `staged`, for one file: the path to write to, which becomes `out`, in a folder that is made where there is none."""
     refuse_output(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
     draft = draft_of(out)
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
         yield draft
         sync_path(draft)
         draft.rename(out)
@@ -54,7 +54,8 @@ def staged_file(out: Path) -> Iterator[Path]:
     except OSError as error:
         raise _storage(error, draft) from error
     finally:
-        draft.unlink(missing_ok=True)
+        with suppress(OSError):  # there is none
+            draft.unlink()
 
 
 def refuse_output(out: Path, beside: Path | None = None) -> None:

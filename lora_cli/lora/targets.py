@@ -8,7 +8,7 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 
 from lora_cli.errors import ModelError, Problem
-from lora_cli.lora.config import matches
+from lora_cli.lora.config import matches, of_expert
 
 ALL_LINEAR = "all-linear"
 ADAPTABLE = "weight of this model that can get an adapter"
@@ -42,8 +42,9 @@ def role(path: str) -> str:
 
 
 def kind_of(path: str) -> str:
-    """`q_proj` where the name alone says what the module is, else with its parents: `attn.c_proj`, `output.dense`."""
-    parts = path.split(".")
+    """`q_proj` where the name alone says what the module is, else with its parents: `attn.c_proj`, `output.dense`; of an
+    expert, its parameter's."""
+    parts = of_expert(path)[0].split(".")
     start = next((i + 1 for i, part in enumerate(parts) if part.isdigit()), 0)
     return parts[-1] if role(parts[-1]) else ".".join(parts[start:])
 

@@ -1,6 +1,7 @@
 """Looking into an adapter, and comparing two: module by module, from the factors alone; from the base what needs it."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from math import sqrt
 from pathlib import Path
@@ -61,20 +62,34 @@ class Inspection:
     beside: tuple[Beside, ...] = ()
 
     @property
-    def suggested(self) -> tuple[int, dict[str, int]] | None:
-        """(r, rank_pattern) that keep ENERGY of every module's ‖ΔW‖²; None where that saves nothing."""
-        kinds: dict[str, int] = {}
+    def suggested(self) -> dict[str, object] | None:
+        """The keys of `lora:` in a recipe that keep ENERGY of every module's ‖ΔW‖², at the scale it has; None where that
+        saves nothing. What is dead asks for nothing."""
+        kinds: dict[str, Module] = {}
         for module in self.modules:
-            kinds[module.kind] = max(kinds.get(module.kind, 1), module.energy_rank)
-        if all(kinds[module.kind] >= module.r for module in self.modules):
+            known = kinds.get(module.kind)
+            if not module.dead and (known is None or module.energy_rank > known.energy_rank):
+                kinds[module.kind] = module
+        if all(kinds[module.kind].energy_rank >= module.r for module in self.modules if module.kind in kinds):
             return None
-        found = list(kinds.values())
-        r = max(set(found), key=lambda rank: (found.count(rank), rank))
-        return r, {kind: rank for kind, rank in kinds.items() if rank != r}
+        ranks = {kind: module.energy_rank for kind, module in kinds.items()}
+        alphas = {kind: self._alpha(module) for kind, module in kinds.items()}
+        r = _commonest(ranks.values())
+        alpha = _commonest(alphas[kind] for kind in kinds if ranks[kind] == r)
+        return {
+            "r": r,
+            "alpha": alpha,
+            "rank_pattern": {kind: rank for kind, rank in ranks.items() if rank != r},
+            "alpha_pattern": {kind: own for kind, own in alphas.items() if own != alpha},
+        }
+
+    def _alpha(self, module: Module) -> float:
+        """With which a module of the rank that is suggested has the scale that it has."""
+        config, r = self.adapter.config.at(module.path), module.energy_rank
+        return float(f"{config.scale * (sqrt(r) if config.use_rslora else r):.6g}")
 
     def as_dict(self) -> dict:
         adapter = self.adapter
-        suggested = self.suggested
         return {
             "config": to_peft(adapter.config),
             "sha256": adapter.digest(),
@@ -85,7 +100,7 @@ class Inspection:
             "modules": [asdict(module) for module in self.modules],
             "beside": [asdict(part) for part in self.beside],
             "dead": [module.path for module in self.modules if module.dead],
-            "suggested": {"r": suggested[0], "rank_pattern": suggested[1]} if suggested else None,
+            "suggested": self.suggested,
         }
 
 
@@ -169,6 +184,12 @@ def mean_overlap(pairs: list[Pair]) -> Tensor:
         total[:i, :j] += pair.overlap
         count[:i, :j] += 1
     return total / count.clamp(min=1)
+
+
+def _commonest(values: Iterable[float]) -> float:
+    """Of several, the largest."""
+    counts = Counter(values)
+    return max(counts, key=lambda value: (counts[value], value))
 
 
 def _weights(adapter: Adapter, base: Base, allow: bool) -> Callable[[str], Tensor]:

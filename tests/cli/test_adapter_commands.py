@@ -6,14 +6,17 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+import yaml
 from adapters import ROWS, answers_of, load, logits_of, random_adapter, updates, write_random
 from layers import relative_difference
 from peft import PeftModel
-from running import hashes, write_rows
+from running import hashes, write_recipe, write_rows
 from safetensors.torch import load_file, save_file
 from tiny import tiny_base
 
+from lora_cli.lora.algebra import spectra
 from lora_cli.lora.peft_format import load_adapter
+from lora_cli.recipe.reader import read_recipe
 
 PEFT_ASKS = "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"  # transformers, under an old name
 AGREE = 2e-6
@@ -372,8 +375,57 @@ def test_inspect_names_dead_modules_and_the_ranks_that_would_do(lora, pair, tmp_
     text = lora("inspect", a).out
 
     assert "dead     2 modules change nothing: model.layers.0.self_attn.q_proj, model.layers.1.self_attn.q_proj" in text
-    assert re.search(r"90 % of every ‖ΔW‖² fits in `r: \d`, `rank_pattern: \{.*v_proj: 1", text)
+    assert "rank     90 % of every ‖ΔW‖² fits in less, at the same scale; in a recipe:" in text
+    assert re.search(r"rank_pattern: \{.*v_proj: 1", text)
+    assert "q_proj:" not in text
     assert json.loads(lora("inspect", a, "--json").out)["dead"][0] == "model.layers.0.self_attn.q_proj"
+
+
+def test_of_what_is_dead_all_over_no_rank_is_suggested_and_no_directions_compared(lora, pair):
+    _, a, b = pair()
+    file = a / "adapter_model.safetensors"
+    save_file({name: W * ("lora_A" in name) for name, W in load_file(file).items()}, file, {"format": "pt"})
+
+    done = lora("inspect", a)
+
+    assert "dead     14 modules change nothing" in done.out
+    assert "rank     90 %" not in done.out
+    assert lora("inspect", a, "--json").json["suggested"] is None
+    assert "one of them changes nothing, and so has no directions" in lora("diff", a, b, "--picture", a / "x.svg").out
+    assert (a / "x.svg").is_file()
+
+
+SUGGESTED = {
+    "llama": ("all-linear", {"alpha_pattern": {"v_proj": 3}}),
+    "gpt2": ("all-linear", {"use_rslora": True}),
+    "mixtral": (["q_proj", "experts.gate_up_proj", "experts.down_proj"], {}),
+}
+
+
+@pytest.mark.parametrize("name", SUGGESTED)
+def test_the_suggested_ranks_can_be_pasted_into_a_recipe_and_keep_what_they_say(lora, name, tmp_path):
+    base, (targets, settings) = tiny_base(tmp_path / "base", name), SUGGESTED[name]
+    a = write_random(tmp_path / "a", base, targets, r=8, **settings)
+    file = a / "adapter_model.safetensors"
+    tensors = load_file(file)
+    for name in tensors:
+        if "v_proj.lora_B" in name or "c_attn.lora_B" in name:
+            tensors[name][:, 2:] *= 1e-3
+    save_file(tensors, file, {"format": "pt"})
+    adapter = load_adapter(a)
+
+    found = lora("inspect", a)
+    pasted = yaml.safe_load(found.out[found.out.index("lora:\n") :])
+    listed = {f"lora.{key}": value for key, value in pasted["lora"].items()}
+    settings = {"lora.targets": list(adapter.config.target_modules + adapter.config.target_parameters)}
+    settings |= {"lora.use_rslora": adapter.config.use_rslora} | listed
+    recipe = write_recipe(tmp_path, base, settings)
+    lora("check", recipe)
+
+    config = read_recipe(recipe).recipe.lora.config(adapter.config.target_modules)
+    for path, svd in spectra(adapter).items():
+        assert svd.rank_of_energy(0.9) <= config.at(path).r < 8
+        assert config.at(path).scale == pytest.approx(adapter.config.at(path).scale, rel=1e-5)
 
 
 def test_inspect_refuses_another_base_by_name(lora, pair, tmp_path):
@@ -434,6 +486,11 @@ def test_diff_draws_the_overlap(lora, pair, tmp_path):
     drawn = ElementTree.parse(tmp_path / "overlap.svg").getroot()
     cells = list(drawn.iter("{http://www.w3.org/2000/svg}title"))
     assert len(cells) == 4 * 7  # A has up to 4 directions, B has 7
+    assert "the output exists already" in lora("diff", a, b, "--picture", tmp_path / "overlap.svg", code=5).err
+    lora("diff", a, b, "--picture", tmp_path / "new" / "overlap.svg")
+    assert (tmp_path / "new" / "overlap.svg").is_file()
+    (tmp_path / "file").touch()
+    lora("diff", a, b, "--picture", tmp_path / "file" / "overlap.svg", code=5)
     assert "no .svg file" in lora("diff", a, b, "--picture", "x.png", code=2).err
     assert "no module 'nope' in both adapters" in lora("diff", a, b, "--module", "nope", code=4).err
 

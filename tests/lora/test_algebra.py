@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from adapters import answers_of, load, logits_of, random_adapter, updates
+from adapters import answers_of, load, logits_of, random_adapter, updates, write_random
 from layers import relative_difference
+from peft import PeftModel
 from peft.utils import merge_utils
 from tiny import tiny_base
 
@@ -16,6 +17,7 @@ from lora_cli.lora.adapter import Adapter, Factors
 from lora_cli.lora.algebra import METHODS, How, Term, compose, plain_config, resize, spectra
 from lora_cli.lora.config import LoRAConfig
 from lora_cli.lora.inject import generator_for
+from lora_cli.lora.peft_format import load_adapter
 from lora_cli.lora.ranks import by_budget, by_energy, by_number
 from lora_cli.lora.switch import switch
 
@@ -183,6 +185,40 @@ def test_ties_and_magnitude_are_pefts_where_all_weigh_the_same(density):
         sparse.magnitude(matrices, [0.2, -1.0, 3.0], density),
         merge_utils.magnitude_prune(matrices, torch.tensor([0.2, -1.0, 3.0]), density),
     )
+
+
+# Ours and PEFT's word for it where the two define the same; PEFT's other types act on A and B apart
+SAME_IN_PEFT = {
+    "linear": ("cat", How("linear"), (0.7, -0.4)),
+    "linear cut": ("svd", How("linear", r=5), (0.7, -0.4)),
+    "svd": ("svd", How("svd", r=5), (0.7, -0.4)),
+    "ties": ("ties_svd", How("ties", r=16, density=0.3), (0.7, 0.7)),
+    "magnitude": ("magnitude_prune_svd", How("magnitude", r=16, density=0.3), (0.7, -0.4)),
+    "dare": ("dare_linear_svd", How("dare", r=16, density=1.0), (0.7, -0.4)),  # of less, each draws its own
+}
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:The density 1.0 is greater than or equal to 1:UserWarning")
+@pytest.mark.parametrize("base", ["llama", "gpt2"])
+@pytest.mark.parametrize("case", SAME_IN_PEFT)
+def test_what_peft_makes_of_the_same_adapters_is_what_we_make(case, base, bases, tmp_path):
+    """`add_weighted_adapter` on two adapters of different ranks, scales and targets."""
+    theirs, how, weights = SAME_IN_PEFT[case]
+    one = write_random(tmp_path / "a", bases[base], r=6)
+    two = write_random(tmp_path / "b", bases[base], "qo", r=3, use_rslora=True, seed=2)
+    model = PeftModel.from_pretrained(load(bases[base]), one, adapter_name="a")
+    model.load_adapter(two, "b")
+    r = {"svd_rank": how.r} if how.r else {}
+    model.add_weighted_adapter(["a", "b"], list(weights), "ab", combination_type=theirs, density=how.density, **r)
+
+    terms = [Term(load_adapter(folder), weight) for folder, weight in zip((one, two), weights, strict=True)]
+    found, _ = compose(terms, how)
+
+    for path, update in updates(found).items():
+        layer = model.base_model.model.get_submodule(path)
+        delta = layer.get_delta_weight("ab").detach()
+        assert relative_difference(update, delta.T if layer.fan_in_fan_out else delta) <= 2e-5, path
 
 
 def test_dare_drops_by_its_seed_and_keeps_the_mean():
