@@ -3,7 +3,7 @@
 from typing import Any
 
 from lora_cli.recipe.document import Document, Finding, KeyPath, Place, looks_secret, shown
-from lora_cli.recipe.other_tools import Foreign, foreign
+from lora_cli.recipe.other_tools import Foreign, foreign, foreign_names
 from lora_cli.recipe.schema import Inner, Recipe, blocks, inner_of, keys
 from lora_cli.recipe.spelling import dotted, fits, near, path_in, written
 
@@ -37,15 +37,20 @@ def unknown_key(loc: KeyPath, document: Document) -> tuple[Finding, str]:
         if "." in name:
             what = f"`{name}` is written with a dot"
         return place.problem(what, _move(place, home, value)), home
-    nearest = _nearest_key(path, value)
+    nearest, other = _nearest_key(path, value), _nearest_foreign(name, value)
     what = f"`{dotted(path)}` is not a recipe key"
+    if other and near(name, (nearest.rpartition(".")[2], other), 0) == other:
+        meant = foreign_names()[other]
+        what += f"; {meant.owner} `{other}` is {meant.here} here"
+        return place.problem(what, _foreign_fix(place, path, meant, value)), meant.key
     return place.problem(what, _rename(place, path, nearest, value) if nearest else _known(path)), nearest
 
 
 def _unknown_inside(path: KeyPath, place: Place, inner: Inner) -> tuple[Finding, str]:
     name, fields = str(path[-1]), inner.block.model_fields
-    foreign_name = SOURCE_KEYS.get(name.lower(), "") if inner.of == "a source" else ""
-    meant = foreign_name or near(name, fields, 0.6)
+    theirs = SOURCE_KEYS if inner.of == "a source" else {}
+    nearest = near(name, (*fields, *theirs), 0.6)
+    meant = theirs.get(nearest, nearest)
     fix = f"rename it to `{meant}`" if meant else f"the keys of {inner.of} are {', '.join(fields)}"
     finding = place.problem(f"`{dotted(path)}` is not a key of {inner.of}", fix)
     return finding, dotted((*path[:2], meant)) if meant and fields[meant].is_required() else ""
@@ -77,6 +82,11 @@ def _nearest_key(path: KeyPath, value: Any) -> str:
         return here
     names = {key.rpartition(".")[2]: key for key in keys()}
     return names.get(near(name, names, 0.75), "") if not isinstance(value, dict) else ""
+
+
+def _nearest_foreign(name: str, value: Any) -> str:
+    """Which other tool's name this may be a slip of; those are many, so it must be nearer than one of ours."""
+    return "" if isinstance(value, dict) else near(name.replace("-", "_"), foreign_names(), 0.75)
 
 
 def _rename(place: Place, path: KeyPath, key: str, value: Any) -> str:

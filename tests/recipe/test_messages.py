@@ -118,6 +118,12 @@ ROW = {"": 1, "model": 2, "lora": 4, "data": 6, "training": 8}
         ("lora", "Use_DoRA: 0", 3, "`lora.Use_DoRA` is not a recipe key", "rename it to `lora.use_dora`"),
         ("lora", "learning_rat: 1", 3, "`lora.learning_rat` is not a recipe key",
          "write `learning_rate: 1` under `training:`"),
+        ("lora", "rnak: 8", 3, "`lora.rnak` is not a recipe key; torchtune's `rank` is `lora.r` here",
+         "rename it to `lora.r`"),
+        ("training", "warmup_stpes: 9", 3, "`training.warmup_stpes` is not a recipe key; Transformers' `warmup_steps` is "
+         "`training.warmup_ratio` here", "for example `warmup_ratio: 0.03` under `training:`"),
+        ("", "lora_rnk: 8", 1, "`lora_rnk` is not a recipe key; LLaMA-Factory's `lora_rank` is `lora.r` here",
+         "write `r: 8` under `lora:`"),
         ("data", "zzz: 1", 3, "`data.zzz` is not a recipe key",
          "the keys of `data` are train, eval, format, columns, template, train_on, bad_rows, max_length, packing"),
         ("", "zzz: 1", 1, "`zzz` is not a recipe key",
