@@ -22,8 +22,16 @@ if TYPE_CHECKING:
 
     from lora_cli.export.grid import Choice
     from lora_cli.export.merged import MergeReport
-    from lora_cli.export.order import Order
+    from lora_cli.export.order import HeldOutRows, Order
     from lora_cli.export.proof import Proof
+    from lora_cli.lora.adapter import Adapter
+
+MOST_HELD_OUT = 64  # rows that both grids are measured on
+GRIDS = {
+    "trained": "base(nf4) + adapter, as it was trained",
+    "original": "the base as it is stored",
+    "nf4": "the base as nf4 gave it back",
+}
 
 
 def merge(
@@ -87,7 +95,7 @@ def read_order(
     from lora_cli.lora.peft_format import load_alive
     from lora_cli.models.base import resolve_base
     from lora_cli.models.identity import check_tokenizer
-    from lora_cli.models.load import DTYPES, load_tokenizer, tokenizer_folder
+    from lora_cli.models.load import DTYPES, default_device, load_tokenizer, tokenizer_folder
 
     out = out or folder / format
     refuse_output(out)
@@ -107,6 +115,9 @@ def read_order(
     if adapter.tokenizer:
         tokens = tokenizer_folder(folder, found.folder)
         check_tokenizer(adapter, load_tokenizer(tokens, writes=False), tokens, allow=allow_base_mismatch)
+    trained = _trained_in_nf4(folder, base_grid) if FORMATS[format].whole and not elsewhere else None
+    device = proof_device(found.folder)
+    measured = trained is not None and device == default_device()  # losses are made where training would be
     return Order(
         adapter,
         folder,
@@ -116,10 +127,11 @@ def read_order(
         dtype=DTYPES.get(dtype) if dtype else None,
         type=dtype,
         token_rows=_rows(folder, found.folder, data, adapter.labels),
-        device=proof_device(found.folder),
+        device=device,
         allow_base_mismatch=allow_base_mismatch,
-        trained=_trained_in_nf4(folder, base_grid) if FORMATS[format].whole and not elsewhere else None,
+        trained=trained,
         base_grid=base_grid,
+        held_out=_held_out(folder, found.folder, data, adapter) if measured else None,
     )
 
 
@@ -184,16 +196,28 @@ def proof_lines(proof: "Proof", other: str) -> list[str]:
 
 
 def grid_lines(choice: "Choice | None") -> list[str]:
-    """Of an adapter that was trained beside nf4: how far a merge on either grid is from what was trained."""
+    """Of an adapter that was trained beside nf4: how far a merge on either grid is from what was trained, and what each
+    loses on held-out rows."""
     if choice is None:
         return []
-    names = {"original": "the base as it is stored", "nf4": "the base as nf4 gave it back"}
-    found = ", ".join(f"{kl:.2g} into {names[name]}" for name, kl in choice.kl.items())
-    why = "as --base-grid says" if choice.asked else "the nearer"
-    return [
-        f"grid     KL to base(nf4) + adapter, as it was trained: {found}",
-        f"         merged into {names[choice.name]}, {why}",
+    losses = choice.held_out or {}
+    rows = [
+        (GRIDS[name], "" if name == "trained" else f"{choice.kl[name]:.2g}", f"{loss:.4f}" if loss is not None else "")
+        for name, loss in (losses or dict.fromkeys(choice.kl)).items()
     ]
+    head = ("", "KL to what was trained", f"loss on {choice.rows} held-out rows" if losses else "")
+    wide = max(len(name) for name, *_ in rows)
+    table = [
+        f"{name:<{wide}}  {kl:>{len(head[1])}}  {loss:>{len(head[2])}}".rstrip() for name, kl, loss in (head, *rows)
+    ]
+    why = "as --base-grid says" if choice.asked else "the nearer"
+    table.append(f"merged into {GRIDS[choice.name]}, {why}")
+    if choice.better:
+        less = losses[choice.nearest] - losses[choice.better]
+        table.append(
+            f"the two measures disagree: {GRIDS[choice.better]} loses {less:.4f} less; `--base-grid {choice.better}` takes it"
+        )
+    return [f"{'grid' if i == 0 else '':<9}{line}" for i, line in enumerate(table)]
 
 
 def _base_lines(report: "MergeReport") -> list[str]:
@@ -229,6 +253,31 @@ def _rows(adapter: Path, base: Path, data: str | None, labels: tuple[str, ...]) 
     if data:
         return tuple(tuple(example.input_ids) for example in rows_of_file(data, tokenizer, labels=labels or None)[0])
     return tuple(map(tuple, token_rows(SENTENCES, tokenizer)))
+
+
+def _held_out(adapter: Path, base: Path, data: str | None, trained: "Adapter") -> "HeldOutRows | None":
+    """Rows to measure both grids on: the file's, else those that the run held out; of many, some from everywhere."""
+    from lora_cli.cli.console import note
+    from lora_cli.errors import UserError
+    from lora_cli.export.order import HeldOutRows
+    from lora_cli.models.load import load_tokenizer, tokenizer_folder
+    from lora_cli.runs.evaluate import held_out_of, loss_on, spread
+    from lora_cli.runs.rows import rows_of_file
+
+    labels = trained.labels
+    tokenizer = load_tokenizer(tokenizer_folder(adapter, base), writes=not labels)
+    try:
+        read = (
+            rows_of_file(data, tokenizer, labels=labels or None)[0] if data else held_out_of(adapter, tokenizer, labels)
+        )
+    except UserError as error:
+        note(f"the run's held-out rows can't be read, and the grids are compared by KL alone: {error.problems[0].what}")
+        return None
+    if not read:
+        return None
+    rows = spread(read, MOST_HELD_OUT)
+    loss = loss_on(rows, "classify" if labels else "sft", len(labels) or len(tokenizer))
+    return HeldOutRows(len(rows), lambda model: loss(model).loss)
 
 
 def _trained_in_nf4(adapter: Path, base_grid: str) -> "torch.dtype | None":

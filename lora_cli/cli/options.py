@@ -31,11 +31,11 @@ ExportDtypeOption = Annotated[
 BaseGridOption = Annotated[
     Literal["auto", "original", "nf4"],
     typer.Option(
-        help="Of an adapter trained on nf4: merge into the base as stored, as nf4 gave it back, or the better."
+        help="Of an adapter trained on nf4: merge into the base as stored, as nf4 gave it back, or the nearer."
     ),
 ]
 ProofRowsOption = Annotated[
-    str | None, typer.Option("--data", metavar="FILE", help="Rows for the proof; else those of the run.")
+    str | None, typer.Option("--data", metavar="FILE", help="Rows for the proof, best held out; else those of the run.")
 ]
 
 

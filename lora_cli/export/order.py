@@ -1,9 +1,11 @@
 """What an export is told and what it reports: the same for every format."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from lora_cli.errors import ModelError, Problem
 from lora_cli.export.grid import AUTO, NF4, Choice, Grid
@@ -17,6 +19,14 @@ from lora_cli.models.heads import head_of
 from lora_cli.models.load import skeleton
 
 MOST_DIFFERENCE = 1e-6  # of an update, by folding scales into float32 factors
+
+
+@dataclass(frozen=True)
+class HeldOutRows:
+    """How many rows no training has seen, and the loss of a model on them."""
+
+    count: int
+    loss: Callable[[nn.Module], float]
 
 
 @dataclass(frozen=True)
@@ -37,7 +47,8 @@ class Order:
     device: torch.device | str = "cpu"
     allow_base_mismatch: bool = False
     trained: torch.dtype | None = None  # of a run whose base was in nf4: the dtype that it was quantised from
-    base_grid: str = AUTO  # what such an adapter is merged into: original, nf4, or the better of both
+    base_grid: str = AUTO  # what such an adapter is merged into: original, nf4, or the nearer of both
+    held_out: HeldOutRows | None = None  # that both are measured on
 
     @property
     def known_base(self) -> Base:
@@ -113,11 +124,19 @@ def chosen_grid(order: Order) -> tuple[Grid | None, Choice | None]:
     if order.trained is None:
         return None, None
     rows = [list(row) for row in order.token_rows]
-    grid, costs = compare_grids(
-        order.known_base, order.adapter, rows, trained=order.trained, stored=order.dtype, device=order.device
+    found = order.held_out
+    grid, costs, losses = compare_grids(
+        order.known_base,
+        order.adapter,
+        rows,
+        trained=order.trained,
+        stored=order.dtype,
+        device=order.device,
+        held_out=found.loss if found else None,
     )
-    better = min(costs, key=costs.__getitem__)
-    choice = Choice(better if order.base_grid == AUTO else order.base_grid, costs, asked=order.base_grid != AUTO)
+    choice = Choice(order.base_grid, costs, order.base_grid != AUTO, losses or None, found.count if found else 0)
+    if not choice.asked:
+        choice = replace(choice, name=choice.nearest)
     return (grid if choice.name == NF4 else None), choice
 
 

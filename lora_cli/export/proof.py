@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lora_cli.errors import DataError, ModelError, OutOfMemoryError, Problem
 from lora_cli.export.files import DTYPES, dtype_name
-from lora_cli.export.grid import NF4, ORIGINAL, Grid
+from lora_cli.export.grid import NF4, ORIGINAL, TRAINED, Grid
 from lora_cli.export.names import others, places, tables_in_files
 from lora_cli.lora.adapter import Adapter, Factors, paths_of
 from lora_cli.lora.base_files import stored_tensors
@@ -189,8 +189,10 @@ def compare_grids(
     trained: torch.dtype,
     stored: torch.dtype | None = None,
     device: torch.device | str = "cpu",
-) -> tuple[Grid, dict[str, float]]:
-    """The grid that the adapter was trained on, and KL(base(nf4) + adapter ‖ merge) of a merge on each grid.
+    held_out: Callable[[nn.Module], float] | None = None,
+) -> tuple[Grid, dict[str, float], dict[str, float]]:
+    """The grid that the adapter was trained on, KL(base(nf4) + adapter ‖ merge) of a merge on each grid, and the
+    `held_out` loss of each, as of base(nf4) + adapter.
 
     `trained` is the dtype of the run, `stored` that of the merge; without it, each weight keeps its own.
     """
@@ -198,7 +200,9 @@ def compare_grids(
     model = load_model(base, dtype=trained, quantize="nf4", device=device, head=head)
     grid, rows = Grid.of(model, trained), _bounded(token_rows, model, adapter)
     adapter.inject_into(model)
-    expected, costs = _logits(model, rows), {}
+    expected, costs, losses = _logits(model, rows), {}, {}
+    if held_out:
+        losses[TRAINED] = held_out(model)
     del model
     for name, on in {ORIGINAL: None, NF4: grid}.items():
         model = load_model(base, dtype=compute_dtype(base.folder, device), device=device, head=head)
@@ -207,7 +211,9 @@ def compare_grids(
         adapter.inject_into(model)
         merge_in_memory(model, adapter, stored or _stored_dtypes(base.folder, base.folder, adapter))
         costs[name] = _kl(expected, _logits(model, rows))
-    return grid, costs
+        if held_out:
+            losses[name] = held_out(model)
+    return grid, costs, losses
 
 
 def prove_adapter(

@@ -1,10 +1,12 @@
 """Base and adapters on the same rows, in one load: the adapters take turns on the one base."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from lora_cli.data.examples import Examples
@@ -35,11 +37,15 @@ from lora_cli.objectives.table import MEASURES, OBJECTIVES
 from lora_cli.recipe.reader import LoadedRecipe, read_recipe
 from lora_cli.recipe.schema import Model, Training, objective_of
 from lora_cli.runs.folder import RunFolder
+from lora_cli.runs.parts import Rows
 from lora_cli.runs.record import trained_form
 from lora_cli.runs.rows import load_rows
 from lora_cli.train import auto
 from lora_cli.train.parallel import make_accelerator
 from lora_cli.train.task import Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -152,24 +158,48 @@ def compare(loaded: Loaded, examples: Sequence[Example], report: DataReport) -> 
 
     An untrained head says nothing: of a classifier's base, what the largest class alone would reach takes its place.
     """
-    task, measure = Task(loaded.model, OBJECTIVES[loaded.objective]), MEASURES.get(loaded.objective)
-    check_vocabulary(loaded.model, examples)
+    loss = loss_on(examples, loaded.objective, len(loaded.labels) or loaded.model.config.vocab_size)
+    base = None
+    if not (loaded.labels and loaded.adapters):
+        base = loss(loaded.model)
+    adapted = {}
+    for name, adapter in loaded.adapters.items():
+        with switched(loaded.model, adapter):
+            adapted[name] = loss(loaded.model)
+    return Comparison(base, adapted, report, majority_of(examples, loaded.labels) if loaded.labels else None)
+
+
+def loss_on(examples: Sequence[Example], objective: str, vocabulary: int) -> Callable[["PreTrainedModel"], HeldOut]:
+    """What measures a model on these rows, each in the same batches."""
     accelerator = make_accelerator()
     layout = auto.layout(
         Training(),
         longest=int(Examples.of(examples).lengths.max()),
-        vocabulary=len(loaded.labels) or loaded.model.config.vocab_size,
+        vocabulary=vocabulary,
         processes=accelerator.num_processes,
         device=accelerator.device,
     )
-    base = None
-    if not (loaded.labels and loaded.adapters):
-        base = held_out_loss(task, examples, layout, accelerator, measure)
-    adapted = {}
-    for name, adapter in loaded.adapters.items():
-        with switched(loaded.model, adapter):
-            adapted[name] = held_out_loss(task, examples, layout, accelerator, measure)
-    return Comparison(base, adapted, report, majority_of(examples, loaded.labels) if loaded.labels else None)
+
+    def measured(model: "PreTrainedModel") -> HeldOut:
+        check_vocabulary(model, examples)
+        return held_out_loss(Task(model, OBJECTIVES[objective]), examples, layout, accelerator, MEASURES.get(objective))
+
+    return measured
+
+
+def held_out_of(folder: Path, tokenizer: "PreTrainedTokenizerBase", labels: tuple[str, ...]) -> Sequence[Example]:
+    """The held-out rows of the run in a folder, where its recipe has any. Raises UserError where they can't be read."""
+    recipe = RunFolder(folder).recipe
+    loaded = read_recipe(recipe) if recipe.is_file() else None
+    if loaded is None or loaded.recipe.data.eval is None:
+        return []
+    return _of_labels(load_rows(loaded, tokenizer), labels, recipe).held_out
+
+
+def spread(examples: Sequence[Example], most: int) -> Examples:
+    """At most so many of them, from the first to the last at equal distances."""
+    found = Examples.of(examples)
+    return found.take(np.unique(np.linspace(0, len(found) - 1, min(most, len(found))).astype(np.int64)))
 
 
 def compare_with_base(
@@ -202,11 +232,7 @@ def rows_of_recipe(
     recipe: LoadedRecipe, loaded: Loaded, progress: OnTokenized | None = None
 ) -> tuple[Sequence[Example], DataReport]:
     """A recipe's held-out rows."""
-    rows = load_rows(recipe, loaded.tokenizer, progress)
-    if rows.labels != loaded.labels:
-        there, learned = (", ".join(f"`{quote(label)}`" for label in found) for found in (rows.labels, loaded.labels))
-        what = f"the rows have the labels {there}, and the classifier learned {learned}"
-        raise DataError(Problem(what, where=str(recipe.path), fix="give the rows that it was trained with"))
+    rows = _of_labels(load_rows(recipe, loaded.tokenizer, progress), loaded.labels, recipe.path)
     if not rows.held_out:
         raise RecipeError(
             Problem(
@@ -216,6 +242,15 @@ def rows_of_recipe(
             )
         )
     return rows.held_out, rows.held_out_report or rows.report
+
+
+def _of_labels(rows: Rows, labels: tuple[str, ...], recipe: Path) -> Rows:
+    """The rows. Raises DataError where their labels are not those that the classifier learned."""
+    if rows.labels != labels:
+        there, learned = (", ".join(f"`{quote(label)}`" for label in found) for found in (rows.labels, labels))
+        what = f"the rows have the labels {there}, and the classifier learned {learned}"
+        raise DataError(Problem(what, where=str(recipe), fix="give the rows that it was trained with"))
+    return rows
 
 
 def side_by_side(loaded: Loaded, prompts: Sequence[str], max_new_tokens: int) -> dict[str, dict[str, str]]:

@@ -7,9 +7,11 @@ import torch
 import yaml
 from adapters import ROWS, answers_of, load, logits_of, write_random
 from layers import relative_difference
+from running import events
 from tiny import tiny_base
 
-from lora_cli.export.grid import Grid
+from lora_cli.cli.merge import grid_lines
+from lora_cli.export.grid import Choice, Grid
 from lora_cli.lora.inject import linears
 from lora_cli.lora.peft_format import load_adapter
 from lora_cli.lora.weights import dense
@@ -21,6 +23,12 @@ AGREE = 2e-6
 
 def in_nf4(base, dtype=torch.float32):
     return load_model(Base("tiny", base), dtype=dtype, quantize="nf4")
+
+
+def grid_paragraph(done) -> list[str]:
+    lines = done.out.splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("grid"))
+    return lines[first : next(i for i, line in enumerate(lines) if line.startswith("proof"))]
 
 
 def trained_in_nf4(folder, base, quantize="nf4", **settings):
@@ -72,11 +80,14 @@ def test_asked_for_by_name_the_other_grid_is_taken_and_both_are_told(lora, tmp_p
 
     for one, other in zip(logits_of(tmp_path / "merged"), logits_of(base, load_adapter(out)), strict=True):
         assert relative_difference(one, other) < AGREE
-    lines = [line for line in done.out.splitlines() if "nf4" in line or "--base-grid" in line]
-    assert lines[0].startswith("grid     KL to base(nf4) + adapter, as it was trained: 0.0")
-    assert "into the base as it is stored, " in lines[0]
-    assert lines[0].endswith(" into the base as nf4 gave it back")
-    assert lines[1] == "         merged into the base as it is stored, as --base-grid says"
+    told = json.loads((tmp_path / "merged/merge.json").read_text())["report"]["grid"]
+    assert grid_paragraph(done) == [
+        "grid                                   KL to what was trained",
+        f"         the base as it is stored      {told['kl']['original']:>22.2g}",
+        f"         the base as nf4 gave it back  {told['kl']['nf4']:>22.2g}",
+        "         merged into the base as it is stored, as --base-grid says",
+    ]
+    assert told["held_out"] is None
 
 
 def test_where_the_merge_s_own_rounding_outweighs_nf4_s_the_nearer_is_still_the_one_that_is_taken(lora, tmp_path):
@@ -117,3 +128,69 @@ def test_a_weight_that_is_not_where_the_grid_says_stops_the_merge(lora, tmp_path
 
     assert "does not answer as base + adapter" in done.err
     assert not (tmp_path / "merged").exists()
+
+
+@pytest.fixture
+def qlora_run(lora, recipe, tmp_path):
+    """qlora_run(**{"data.eval": …}) -> the run folder of a QLoRA run, and the loss that it ended with on held-out rows."""
+
+    def train(**settings):
+        lora("train", recipe({"model.quantize": "nf4", "data.eval": "25%", "training.max_steps": 2} | settings))
+        held_out = events(tmp_path / "out", "evaluated")
+        return tmp_path / "out", held_out[-1]["loss"] if held_out else None
+
+    return train
+
+
+def test_both_grids_are_measured_on_the_rows_that_the_run_held_out(lora, qlora_run):
+    out, trained = qlora_run()
+
+    done = lora("merge", "--adapter", out)
+
+    told = json.loads((out / "merged/merge.json").read_text())["report"]["grid"]
+    assert told["rows"] == 3
+    assert told["held_out"]["trained"] == pytest.approx(trained, rel=1e-6)
+    assert told["held_out"]["nf4"] == pytest.approx(trained, rel=1e-5)  # stored in float32, that is what was trained
+    lines = grid_paragraph(done)
+    assert lines[0].endswith("KL to what was trained  loss on 3 held-out rows")
+    assert lines[1].split() == [*"base(nf4) + adapter, as it was trained".split(), f"{trained:.4f}"]
+    assert lines[3].split()[-1] == f"{told['held_out']['nf4']:.4f}"
+
+
+def test_the_held_out_loss_of_a_grid_is_that_of_the_model_merged_on_it(lora, qlora_run, tmp_path):
+    out, _ = qlora_run()
+
+    data = ("--data", tmp_path / "train.jsonl", "--json")
+
+    told = lora("merge", "--adapter", out, "--base-grid", "original", *data).json["grid"]
+
+    measured = lora("eval", "--base", out / "merged", *data).json["base"]
+    assert told["rows"] == 12
+    assert told["held_out"]["original"] == pytest.approx(measured["loss"], rel=1e-6)
+
+
+def test_rows_that_are_gone_leave_the_kl(lora, qlora_run, tmp_path):
+    out, _ = qlora_run()
+    (tmp_path / "train.jsonl").unlink()
+
+    done = lora("merge", "--adapter", out)
+
+    assert "the run's held-out rows can't be read, and the grids are compared by KL alone: data file" in done.err
+    assert len(grid_paragraph(done)) == 4
+
+
+@pytest.mark.parametrize(
+    ("losses", "better"), [((2.0, 1.9), None), ((1.9, 2.0), "original"), ((1.99999, 2.0), None)], ids=str
+)
+def test_where_the_farther_grid_loses_less_it_is_said(losses, better):
+    held_out = {"trained": 2.0} | dict(zip(("original", "nf4"), losses, strict=True))
+    choice = Choice("nf4", {"original": 0.2, "nf4": 1e-6}, asked=False, held_out=held_out, rows=3)
+
+    assert choice.better == better
+    said = [line for line in grid_lines(choice) if "disagree" in line]
+    assert bool(said) == bool(better)
+    if better:
+        assert said == [
+            "         the two measures disagree: the base as it is stored loses 0.1000 less; "
+            "`--base-grid original` takes it"
+        ]
