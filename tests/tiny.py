@@ -32,6 +32,7 @@ from transformers import (
 )
 
 VOCABULARY = 320
+TOKENS = 294  # of the tiny tokenizer, which leaves rows of the tables without a token
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"

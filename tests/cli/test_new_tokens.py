@@ -8,7 +8,7 @@ from gguf import GGUFReader
 from layers import relative_difference
 from peft import PeftModel
 from running import hashes, trained_and_resumed
-from tiny import VOCABULARY, tiny_base, tiny_encoder
+from tiny import TOKENS, VOCABULARY, tiny_base, tiny_encoder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_cli.lora.peft_format import load_adapter
@@ -16,7 +16,7 @@ from lora_cli.lora.tokens import ROWS
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
-SPARE = VOCABULARY - 294  # the tiny tables have more rows than the tokenizer has tokens
+SPARE = VOCABULARY - TOKENS
 NEW = [f"<tag-{i}>" for i in range(SPARE + 2)]
 RUN = {"data.eval": "25%", "training.save_steps": 2, "training.max_steps": 8, "lora.new_tokens": NEW}
 BASES = {

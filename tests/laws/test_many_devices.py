@@ -6,9 +6,9 @@ The workers are forked; `tests/cli/test_launch.py` starts some the long way.
 import json
 
 import pytest
-from running import events, lora_workers, resumed_after
+from running import adapter_bytes, events, lora_workers, resumed_after, weights
 from same_run import FIRST_STEP, WHOLE, assert_same_adapter, assert_same_gradients, assert_same_run
-from tiny import tiny_base
+from tiny import TOKENS, VOCABULARY, tiny_base
 from torch.distributed.tensor import DTensor
 
 from lora_cli.train.sharded import sharded_modules
@@ -118,6 +118,30 @@ def test_every_kind_of_weight_is_sharded(weight, lora, recipe, tmp_path):
 
     assert_same_gradients(tmp_path / "two", tmp_path / "one")
     assert_same_adapter(tmp_path / "two", tmp_path / "one")
+
+
+NEW = ["<question>", *(f"<tag-{i}>" for i in range(VOCABULARY - TOKENS))]  # the last has no row in the base's tables
+
+
+@pytest.mark.parametrize(("kind", "name"), [("ddp", "llama"), ("fsdp2", "llama"), ("fsdp2", "llama-tied")])
+def test_longer_tables_are_trained_alike(kind, name, lora, recipe, tmp_path):
+    """Their new rows start at the mean of the others, which in shards no process has whole."""
+    short = {"lora.new_tokens": NEW, "lora.trainable_tokens": ["<s>"], "training.max_steps": 1}
+    file = recipe(WHOLE | FIRST_STEP | short, base=tiny_base(tmp_path / "base", name))
+    rows = [{"prompt": f"{NEW[0]}what is {i}?{NEW[-1]}", "completion": f"{NEW[1]} the cat{NEW[-1]}"} for i in range(12)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lora("train", file, "--out", tmp_path / "one")
+
+    lora_workers(2, "train", file, "--out", tmp_path / "two", **KINDS[kind])
+
+    assert_same_gradients(tmp_path / "two", tmp_path / "one")
+    assert_same_run(tmp_path / "two", tmp_path / "one", steps=1)
+    assert (
+        adapter_bytes(tmp_path / "two")["adapter_config.json"] == adapter_bytes(tmp_path / "one")["adapter_config.json"]
+    )
+    rows = [len(tensor) for name, tensor in weights(tmp_path / "two").items() if "token_adapter" in name]
+    assert rows
+    assert {*rows} == {len(NEW) + 1}
 
 
 @pytest.mark.parametrize(
