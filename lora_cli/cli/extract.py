@@ -1,7 +1,7 @@
 """`lora extract`: what a full fine-tune did, as an adapter."""
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -10,6 +10,7 @@ from lora_cli.cli.options import AdapterOutOption, JsonOption, TrustOption
 
 if TYPE_CHECKING:
     from lora_cli.export.extract import Extracted, LeftOut
+    from lora_cli.lora.adapter import Adapter
 
 SHOWN = 5
 
@@ -26,6 +27,12 @@ def extract(
     targets: Annotated[
         str, typer.Option(metavar="NAMES", help="Letters (`qkvo`), `all-linear`, or `q_proj,lm_head`.")
     ] = "all-linear",
+    modules_to_save: Annotated[
+        str | None, typer.Option(metavar="NAMES", help="Modules to hold whole, such as `norm` or `norm,lm_head`.")
+    ] = None,
+    bias: Annotated[
+        Literal["none", "all", "lora_only"], typer.Option(help="Biases to hold: all, or those of adapted modules.")
+    ] = "none",
     as_json: JsonOption = False,
     trust_remote_code: TrustOption = None,
 ) -> None:
@@ -37,6 +44,7 @@ def extract(
     from lora_cli.cli.params import targets_of
     from lora_cli.errors import Problem, RecipeError
     from lora_cli.export.extract import extract as take_out
+    from lora_cli.export.extract_beside import Kept
     from lora_cli.models.base import resolve_base
 
     if (r is None) == (energy is None):
@@ -49,6 +57,7 @@ def extract(
             r=r,
             energy=energy,
             targets=targets_of(targets),
+            kept=Kept(_names(modules_to_save), bias),
             progress=progress,
         )
     if as_json:
@@ -65,6 +74,8 @@ def _show(found: "Extracted", base: str, tuned: str) -> None:
     if found.unchanged:
         show(f"         {found.unchanged} of the chosen weights are the same in both")
     show_made(found.made)
+    for line in _beside_lines(found.made.adapter):
+        show(line)
     if not found.left_out:
         show("left out nothing: no other tensor has changed")
         return
@@ -72,6 +83,25 @@ def _show(found: "Extracted", base: str, tuned: str) -> None:
     rest = f" and {len(found.left_out) - SHOWN} more" if len(found.left_out) > SHOWN else ""
     show(f"left out {len(found.left_out)} tensors that changed and that this adapter does not hold")
     show(f"         (‖Δ‖ / ‖W‖): {', '.join(listed)}{rest}")
+    show("         `--targets` adapts more, `--modules-to-save NAMES` holds modules whole, `--bias all` biases")
+
+
+def _beside_lines(adapter: "Adapter") -> list[str]:
+    """What is held as it is, beside the low-rank updates."""
+    from lora_cli.cli.console import inert, number
+
+    tokens = adapter.config.trainable_tokens
+    parts = [
+        f"{', '.join(adapter.whole)} whole" if adapter.whole else "",
+        f"{number(len(adapter.biases))} biases" if adapter.biases else "",
+        f"the rows of {len(tokens)} tokens that the base has none for" if tokens else "",
+    ]
+    said = " · ".join(filter(None, parts))
+    return [f"beside   {inert(said)}"] if said else []
+
+
+def _names(text: str | None) -> list[str]:
+    return [name.strip() for name in (text or "").split(",") if name.strip()]
 
 
 def _relative(tensor: "LeftOut") -> str:

@@ -1,7 +1,8 @@
 """Extracting: what a full fine-tune did to a base, as an adapter: ΔW = W_tuned − W_base, each cut to its best low rank.
 
-Both models are read one tensor at a time, and one pair of tensors is in memory. What the adapter can't hold
-(norms, biases, weights that were not chosen) is measured, and named wherever it has changed.
+Both models are read one tensor at a time, and one pair of tensors is in memory. What is no low-rank update (norms, biases,
+weights that were not chosen) is held as it is where that is asked for (`extract_beside.py`), else measured, and named
+wherever it has changed.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -15,12 +16,14 @@ from torch import Tensor
 
 from lora_cli.errors import DivergedError, ModelError, Problem
 from lora_cli.export.adapter_folder import Made, made_by, write_adapter
+from lora_cli.export.extract_beside import Kept, held_beside, held_whole, rows_of_tokens, whole_paths
 from lora_cli.export.files import DTYPES, read_weight
 from lora_cli.export.names import FLOATS, Files, Parts
 from lora_cli.export.staging import refuse_output
 from lora_cli.lora.adapter import Adapter, Factors, forms_of, paths_of
 from lora_cli.lora.algebra import Fit, evened, plain_config
 from lora_cli.lora.base_files import StoredTensor, fingerprint, stored_tensors
+from lora_cli.lora.beside import Beside
 from lora_cli.lora.config import LoRAConfig, of_expert
 from lora_cli.lora.inject import generator_for, names_of_targets
 from lora_cli.lora.svd import SVD, distance, of_dense, of_dense_by_energy
@@ -31,7 +34,7 @@ from lora_cli.models.identity import tokenizer_identity
 from lora_cli.models.load import by_name_alone, load_tokenizer, skeleton
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -87,16 +90,19 @@ def extract(
     r: int | None = None,
     energy: float | None = None,
     targets: str | Sequence[str] = ALL_LINEAR,
+    kept: Kept | None = None,
     progress: Callable[[str], None] = lambda path: None,
 ) -> Extracted:
     """Write tuned − base as an adapter of `base`, of rank `r` or of the ranks that hold `energy` of each ‖ΔW‖².
 
-    Raises ModelError for models of different shapes, and where none of the chosen weights has changed.
+    What is `kept` is held as it is, and so are the rows of tokens that the base has none for. Raises ModelError for models of different shapes, and where none of the chosen weights has changed.
     """
     refuse_output(out)
     before, after = _Model.of(base.folder), _Model.of(tuned.folder)
     _check_one_architecture(before, after)
-    targeted = choose_targets(targets, list(before.weights), head=by_name_alone(before.modules))
+    kept = kept or Kept()
+    whole = whole_paths(before.modules, kept)
+    targeted = choose_targets(targets, list(before.weights), head=by_name_alone(before.modules), whole=whole)
     chosen = [path for target in targeted for path in paths_of(target, before.weights[target])]
     pairs = _pairs(before, after, chosen)
     layers: dict[str, Factors] = {}
@@ -111,11 +117,21 @@ def extract(
         rank = min(r, len(found.S)) if r else found.rank_of_energy(energy)
         layers[path] = found.factors(rank)
         fits[path] = Fit(found.norm, distance(update, layers[path]) / found.norm)
-    left_out = _left_out(before, after, pairs, progress)
+    layers = evened(layers | _unchanged_experts(layers, before.weights))
+    tokenizer = _read_tokenizer(tuned)
+    beside = held_beside(
+        before.modules,
+        after.modules,
+        (base.folder, tuned.folder),
+        kept,
+        whole=whole,
+        adapted=layers,
+        known_tokens=tokenizer and 1 + max(tokenizer.get_vocab().values()),
+    )
+    left_out = _left_out(before, after, pairs, held_whole(beside), progress)
     if not layers:
         raise ModelError(_nothing(left_out, tuned))
-    layers = evened(layers | _unchanged_experts(layers, before.weights))
-    adapter = _adapter(before, base, tuned, layers, r=r, energy=energy)
+    adapter = _adapter(before, base, tuned, layers, beside, tokenizer, r=r, energy=energy)
     transposed = fan_in_fan_out(before.weights[of_expert(path)[0]] for path in layers)
     written = write_adapter(adapter, out, tokenizer=_tokenizer(tuned), transposed=transposed)
     return Extracted(Made(adapter, written, fits), left_out, len(chosen) - len(fits))
@@ -182,16 +198,20 @@ def _decomposed(update: Tensor, path: str, r: int | None, energy: float | None) 
 
 
 def _left_out(
-    before: _Model, after: _Model, pairs: Mapping[str, tuple[Parts, Parts]], progress: Callable[[str], None]
+    before: _Model,
+    after: _Model,
+    pairs: Mapping[str, tuple[Parts, Parts]],
+    beside: Collection[str],
+    progress: Callable[[str], None],
 ) -> tuple[LeftOut, ...]:
     """Whatever else differs between the two models' files. Two names of one tied tensor are one."""
     experts = {path: both for path, both in pairs.items() if of_expert(path)[1] is not None}
     held = {f"{path}.weight" for path in pairs} | {of_expert(path)[0] for path in experts}
-    held |= {part.tensor for both in experts.values() for parts in both for part in parts}
-    found = []
+    held |= {part.tensor for both in experts.values() for parts in both for part in parts} | set(beside)
+    tables, found = rows_of_tokens(before.modules, after.modules), []
     for name, (first, second) in _counterparts(before, after, held).items():
         progress(name)
-        left = _compared(name, before.stored.get(first), after.stored.get(second))
+        left = _compared(name, before.stored.get(first), after.stored.get(second), by_rows=name in tables)
         if left.change != 0:
             found.append(left)
     return tuple(sorted(found, key=lambda left: -(inf if left.relative is None else left.relative)))
@@ -213,14 +233,17 @@ def _counterparts(before: _Model, after: _Model, held: Collection[str]) -> dict[
     return {name: pair for pair, name in found.items() if pair != (None, None)}
 
 
-def _compared(name: str, first: StoredTensor | None, second: StoredTensor | None) -> LeftOut:
-    if first is None or second is None or first.shape != second.shape:
+def _compared(name: str, first: StoredTensor | None, second: StoredTensor | None, *, by_rows: bool) -> LeftOut:
+    """The two tensors; with `by_rows`, the rows that both have."""
+    if first is None or second is None or first.shape[by_rows:] != second.shape[by_rows:]:
         return LeftOut(name, None, None)
     if first.dtype not in DTYPES or second.dtype not in DTYPES:
         same = first.dtype == second.dtype and _bytes(first) == _bytes(second)
         return LeftOut(name, 0.0 if same else None, None)
-    W = read_weight(first).float()
-    change = float(torch.linalg.vector_norm(read_weight(second).float() - W, dtype=torch.float64))
+    W, tuned = (read_weight(tensor).float() for tensor in (first, second))
+    if by_rows:
+        W, tuned = W[: len(tuned)], tuned[: len(W)]
+    change = float(torch.linalg.vector_norm(tuned - W, dtype=torch.float64))
     norm = float(torch.linalg.vector_norm(W, dtype=torch.float64))
     return LeftOut(name, change, change / norm if norm else None)
 
@@ -231,7 +254,15 @@ def _bytes(tensor: StoredTensor) -> bytes:
         return stream.read(tensor.end - tensor.start)
 
 
-def _adapter(before: _Model, base: Base, tuned: Base, layers: Mapping[str, Factors], **how: object) -> Adapter:
+def _adapter(
+    before: _Model,
+    base: Base,
+    tuned: Base,
+    layers: Mapping[str, Factors],
+    beside: Beside,
+    tokenizer: "PreTrainedTokenizerBase | None",
+    **how: object,
+) -> Adapter:
     ranks = {path: len(factors.A) for path, factors in layers.items()}
     adapted = list(dict.fromkeys(of_expert(path)[0] for path in layers))
     targets, parameters = names_of_targets(before.modules, adapted)
@@ -243,13 +274,12 @@ def _adapter(before: _Model, base: Base, tuned: Base, layers: Mapping[str, Facto
         base_model_name_or_path=base.name,
         revision=base.revision,
     )
-    folder = _tokenizer(tuned)
-    tokenizer = tokenizer_identity(load_tokenizer(folder, writes=False)) if folder else None
     adapter = Adapter(
-        plain_config(ranks, like=like, targets=targets),
+        beside.put_into(plain_config(ranks, like=like, targets=targets)),
         layers,
         fingerprint(base.folder),
-        tokenizer=tokenizer,
+        beside.extras,
+        tokenizer=tokenizer_identity(tokenizer) if tokenizer else None,
         forms=forms_of({path: before.weights[path] for path in adapted}),
     )
     tuned_is = {"name": Path(tuned.name).name, "fingerprint": fingerprint(tuned.folder).short}
@@ -258,6 +288,11 @@ def _adapter(before: _Model, base: Base, tuned: Base, layers: Mapping[str, Facto
 
 def _tokenizer(tuned: Base) -> Path | None:
     return tuned.folder if (tuned.folder / "tokenizer_config.json").is_file() else None
+
+
+def _read_tokenizer(tuned: Base) -> "PreTrainedTokenizerBase | None":
+    folder = _tokenizer(tuned)
+    return load_tokenizer(folder, writes=False) if folder else None
 
 
 def _check_finite(update: Tensor, path: str, tuned: Base) -> None:

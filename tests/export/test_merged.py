@@ -3,8 +3,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
+from tensor_memory import TensorMemory
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from lora_cli.errors import DivergedError, ModelError, SafetyError, StorageError
@@ -257,7 +256,7 @@ def test_memory_holds_about_one_tensor_whatever_the_size_of_the_shard(tmp_path, 
     adapter = adapter_of(folder)
     sizes = [tensor.end - tensor.start for tensor in stored_tensors(folder).values()]
 
-    with _Memory() as memory:
+    with TensorMemory() as memory:
         merge(folder, adapter, tmp_path / "merged", dtype=torch.bfloat16)
 
     assert len(list(folder.glob("*.safetensors"))) == 1
@@ -405,24 +404,6 @@ def test_a_base_cut_off_on_disk_is_named(tmp_path, base, adapter_of):
     with pytest.raises(ModelError, match="the file ends in the middle of its data"):
         merge(folder, adapter, tmp_path / "merged", allow_base_mismatch=True)
     assert list(tmp_path.iterdir()) == [folder]
-
-
-class _Memory(TorchDispatchMode):
-    """The most bytes of tensors that were alive at once, by their storages."""
-
-    def __enter__(self):
-        self.alive, self.peak = {}, 0
-        return super().__enter__()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in (*args, result):
-            if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu":
-                storage = tensor.untyped_storage()
-                self.alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        self.alive = {key: found for key, found in self.alive.items() if not found[0].expired()}
-        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
-        return result
 
 
 def _assert_equal(found, expected):
