@@ -47,10 +47,17 @@ test: $(INSTALLED)  ## all tests; TESTS=tests/lora for some of them
 test-gpu: $(INSTALLED)  ## the tests that need a CUDA device
 	$(IN_VENV) python -m pytest -q -m gpu tests/test_gpu.py
 
-# From a folder of its own: in $(VENV) every load of a model would import it, which takes a second
+# From folders of their own: in $(VENV) every load of a model would import torchao, which takes a second
+BESIDE := -m pip install -q --disable-pip-version-check --upgrade --no-deps -c $(CONSTRAINTS) --target
+
 test-torchao: $(INSTALLED)  ## the tests that need torchao
-	$(VENV)/bin/python -m pip install -q --disable-pip-version-check --upgrade --no-deps --target $(VENV)/torchao torchao -c $(CONSTRAINTS)
+	$(VENV)/bin/python $(BESIDE) $(VENV)/torchao torchao
 	$(IN_VENV) PYTHONPATH=$(VENV)/torchao python -m pytest -q -k torchao tests/cli/test_quantised_on_disk.py tests/lora
+
+# Its wheels ask for a newer Linux than torch's do: where they don't install, the tests are skipped
+test-mlx: $(INSTALLED)  ## the tests that need mlx-lm, which runs on Linux without a GPU too
+	-$(VENV)/bin/python $(BESIDE) $(VENV)/mlx mlx mlx-cpu mlx-lm
+	$(IN_VENV) PYTHONPATH=$(VENV)/mlx python -m pytest -q tests/export/test_mlx.py
 
 torture: $(INSTALLED)  ## faults by the hundred (KILLS=200), and docs/torture.md with what came of them
 	$(IN_VENV) python scripts/torture.py --kills $(KILLS) --page docs/torture.md
@@ -61,7 +68,7 @@ mutants: $(INSTALLED)  ## plant faults one by one and count those that the tests
 test-lowest:  ## the tests on the lowest versions that pyproject.toml admits, in .venv-lowest
 	@$(MAKE) --no-print-directory test VENV=$(VENV)-lowest CONSTRAINTS=constraints-lowest.txt
 
-check: lint try-tokenizers test  ## everything that must hold before a change lands
+check: lint try-tokenizers test test-torchao test-mlx  ## everything that must hold before a change lands
 
 # Where npm or a registry is not there, the tests of these tokenizers are skipped, and pytest says how many
 try-tokenizers: $(INSTALLED)
@@ -77,4 +84,4 @@ clean:  ## remove caches and build files; runs in out/, models/ and .venv stay
 	rm -rf build *.egg-info .pytest_cache .ruff_cache .import_linter_cache .mypy_cache
 	find lora_cli scripts tests -name __pycache__ -type d -exec rm -rf {} +
 
-.PHONY: help setup tokenizers try-tokenizers quickstart fix lint test test-gpu test-torchao torture mutants test-lowest check docs size clean
+.PHONY: help setup tokenizers try-tokenizers quickstart fix lint test test-gpu test-torchao test-mlx torture mutants test-lowest check docs size clean

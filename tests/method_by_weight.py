@@ -134,7 +134,7 @@ NOTES = """\
   | quantised by | proved by | what is not proved |
   | --- | --- | --- |
   | bitsandbytes nf4, int8 | `tests/cli/test_quantised_on_disk.py`: train, resume, PEFT, eval, merge | |
-  | torchao int8, int4 (weights alone) | the same tests and the row above, with torchao 0.18; skipped where it is not installed (`make test-torchao`) | int4 in the layouts that only GPUs have; float8 |
+  | torchao int8, int4 (weights alone) | the same tests and the row above, with torchao 0.18; `make test-torchao`, a part of `make check` | int4 in the layouts that only GPUs have; float8 |
   | HQQ | the laws of a layer over a layer of the same form; transformers 5.23 can't load such a base | a whole model |
   | GPTQ (2, 4, 8 bits), AWQ (GEMM, 4 bits) | the laws of a layer over layers with the packed tensors of their files (`tests/packed.py`) | a whole model: gptqmodel asks for a newer torch than is tested here; layers whose kernel reorders the codes train plain LoRA, and are not read for DoRA, PiSSA or a merge |
 """.splitlines()
