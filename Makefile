@@ -52,7 +52,7 @@ BESIDE := -m pip install -q --disable-pip-version-check --upgrade --no-deps -c $
 
 test-torchao: $(INSTALLED)  ## the tests that need torchao
 	$(VENV)/bin/python $(BESIDE) $(VENV)/torchao torchao
-	$(IN_VENV) PYTHONPATH=$(VENV)/torchao python -m pytest -q -k torchao tests/cli/test_quantised_on_disk.py tests/lora
+	$(IN_VENV) PYTHONPATH=$(VENV)/torchao python -m pytest -q -k torchao tests/cli/test_quantised_on_disk.py tests/budget/test_quantised.py tests/lora
 
 # Its wheels ask for a newer Linux than torch's do: where they don't install, the tests are skipped
 test-mlx: $(INSTALLED)  ## the tests that need mlx-lm, which runs on Linux without a GPU too

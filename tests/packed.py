@@ -96,20 +96,25 @@ class WQLinear_GEMM(AWQ):
 
 
 class HQQLinear(nn.Module):
-    """hqq's: two codes a byte, and a way of its own to give the weight back."""
+    """hqq's: two codes a byte, groups along a row, and a way of its own to give the weight back."""
 
     def __init__(self, W: Tensor, bias: Tensor) -> None:
         super().__init__()
         self.out_features, self.in_features = W.shape
         self.bias = bias
-        scale, zero = (W.max() - W.min()) / 15, W.min()
-        codes = ((W - zero) / scale).round().to(torch.uint8).flatten().unflatten(0, (2, -1))
+        rows = W.reshape(-1, GROUP)
+        low, high = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)
+        scale = ((high - low) / (2**BITS - 1)).half()
+        zero = (-low / scale.float()).half()
+        codes = (
+            (rows / scale.float() + zero.float()).round().clamp(0, 2**BITS - 1).to(torch.uint8).unflatten(0, (2, -1))
+        )
         self.W_q = nn.Parameter(codes[0] << 4 | codes[1], requires_grad=False)
         self.meta = {"scale": scale, "zero": zero, "shape": W.shape}
 
     def dequantize(self) -> Tensor:
-        codes = torch.stack([self.W_q >> 4, self.W_q & 15]).view(self.meta["shape"])
-        return codes * self.meta["scale"] + self.meta["zero"]
+        codes = torch.cat([self.W_q >> 4, self.W_q & 15])
+        return ((codes - self.meta["zero"].float()) * self.meta["scale"].float()).view(self.meta["shape"])
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.dequantize().to(x.dtype), self.bias)

@@ -57,6 +57,9 @@ class How:
     use_dora: bool = False
     freeze_A: bool = False  # B alone is trained: the inputs of adapters are not needed again
     doubled: bool = False  # the start of A and B is taken off again: twice the rank
+    holds_inputs: bool = (
+        False  # frozen linears hold what they read until they are passed backwards, also if that comes again
+    )
     widened: bool = False  # numbers of 16 bits are multiplied in float32: on a CPU without instructions for them
     logits_at_once: int | None = LOGITS_AT_ONCE["cuda"]  # a stretch of rows; None where the model makes all of them
     by_position: bool = (
@@ -110,13 +113,18 @@ def block_memory(
 
     Where its biases are trained, that of its first norm among them, a gradient comes through to what is behind that.
     """
-    whole, rest, behind_attention, mlp_input, flows, dry = Kept(), Kept(), Kept(), None, reached, set[str]()
+    whole, rest, behind_attention, flows, dry = Kept(), Kept(), Kept(), reached, set[str]()
+    held, held_in_mlp, mlp_input = Kept(), Kept(), None
     for i, stretch in enumerate(stretches):
         flows = flows or (biased and i > 0)
         reading = [adapters[path] for path in stretch.inputs_of if path in adapters]
-        shared = not stretch.inputs_of or (reading and not how.dropout and not how.freeze_A)
+        holds = how.holds_inputs and flows and stretch.inputs_of
+        shared = not stretch.inputs_of or holds or (reading and not how.dropout and not how.freeze_A)
         token = stretch.token if flows else max(stretch.token, stretch.alone)
         kept = Kept(token, stretch.pair) if shared and (flows or reading) and stretch.behind not in dry else Kept()
+        inputs = Kept(max(stretch.token, stretch.alone)) if holds else Kept()
+        held += inputs
+        held_in_mlp += inputs if stretch.mlp and mlp_input is not None else Kept()
         mlp_input = kept if stretch.mlp and mlp_input is None else mlp_input
         dry |= set() if flows else set(stretch.inputs_of) - set(adapters)
         kept += Kept(sum(_kept_by(adapter, how, flows) for adapter in reading))
@@ -129,8 +137,8 @@ def block_memory(
     copied = stretches[0].widened and how.number < FP32
     return BlockMemory(
         whole,
-        without_mlp=rest + mlp_entry,
-        entry=entry,
+        without_mlp=rest + mlp_entry + held_in_mlp,
+        entry=entry + held,
         mlp_again=whole - rest - mlp_input,
         again=whole if copied else whole - entry,
         behind_attention=behind_attention,

@@ -3,11 +3,12 @@
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lora_cli.budget import catalogue
 from lora_cli.budget.params import Whole
+from lora_cli.budget.quantised import quantised_by, unknown_method
 from lora_cli.budget.shapes import Config, ModelShape, shape_of
 from lora_cli.errors import ModelError, Problem
 from lora_cli.lora.config import matches
@@ -75,7 +76,7 @@ def _measured(
     if not labels and not modules_to_save and not tokens and bias != "all":
         shape = shape_of(config, where=where)
         if _are_linear(targets, shape):
-            return MeasuredBase(name, source, shape)
+            return MeasuredBase(name, source, _noted(shape))
     from lora_cli.budget.modules import biases_of, build, of_tokens, shape_of_modules, whole_of, whole_paths
     from lora_cli.models.heads import Head
 
@@ -83,7 +84,18 @@ def _measured(
     paths = whole_paths(model, modules_to_save)
     biases = biases_of(model, bias, whole=paths) if bias == "all" else None
     whole = [*whole_of(model, paths), *of_tokens(model, tokens)]
-    return MeasuredBase(name, source, shape_of_modules(model), tuple(whole), biases)
+    return MeasuredBase(name, source, _noted(shape_of_modules(model)), tuple(whole), biases)
+
+
+def _noted(shape: ModelShape) -> ModelShape:
+    """With a word on a base that is quantised on disk."""
+    if method := unknown_method(shape.config):
+        note = f"the base is quantised on disk ({method}), in a way without a formula: it is counted in 16 bits"
+    elif on_disk := quantised_by(shape.config):
+        note = f"the base is quantised on disk: {on_disk.name}"
+    else:
+        return shape
+    return replace(shape, notes=(*shape.notes, note))
 
 
 def _are_linear(targets: str | Sequence[str], shape: ModelShape) -> bool:

@@ -3,20 +3,11 @@
 from dataclasses import dataclass
 
 from lora_cli.budget.params import Budget
+from lora_cli.budget.quantised import NF4, Quantised, quantised_by
 from lora_cli.budget.shapes import ModelShape
 
 BF16, FP32 = 2, 4  # bytes
 MOMENTS = 2 * FP32  # AdamW's running means of the gradient and of its square
-# nf4 with double quantisation (Dettmers et al. 2023, section 3): 4 bits a weight, an 8-bit scale a block of 64, and a
-# 32-bit scale for 256 of those
-NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
-
-ASSUMPTIONS = (
-    "weights, gradients and AdamW only: activations are not counted",
-    "full: bf16 weights and gradients; float32 master weights and two moments",
-    "LoRA: bf16 base; A and B, their gradients and two moments in float32",
-    f"QLoRA: as LoRA, but linear layers in nf4 ({NF4_BITS:.3f} bits a weight); the rest bf16",
-)
 
 
 @dataclass(frozen=True)
@@ -36,22 +27,41 @@ class Method:
 
 
 def compare(shape: ModelShape, budget: Budget) -> tuple[Method, ...]:
-    """Full fine-tuning, LoRA and QLoRA of the same base."""
+    """Full fine-tuning, LoRA and QLoRA of the same base; of one that is quantised on disk LoRA beside that."""
     n, bf16 = shape.parameters, BF16 * shape.parameters
+    full = Method("full", n, bf16, 0, gradient_bytes=BF16 * n, optimizer_bytes=(FP32 + MOMENTS) * n)
+    if on_disk := quantised_by(shape.config):
+        return full, _adapter(f"LoRA ({on_disk.name})", base_bytes(shape, on_disk), budget)
+    return full, _adapter("LoRA", bf16, budget), _adapter("QLoRA (nf4)", base_bytes(shape, NF4), budget)
+
+
+def assumptions(shape: ModelShape) -> tuple[str, ...]:
+    """What `compare` takes for granted."""
+    common = "weights, gradients and AdamW only: activations are not counted"
+    full = "bf16 weights and gradients; float32 master weights and two moments"
+    factors = "A and B, their gradients and two moments in float32"
+    if on_disk := quantised_by(shape.config):
+        return (
+            common,
+            f"full: of the 16-bit original: {full}",
+            f"LoRA: base as it is on disk ({on_disk.name}, {on_disk.bits_a_weight:.3f} bits a weight of linear layers; the "
+            f"rest bf16); {factors}",
+        )
     return (
-        Method("full", n, bf16, 0, gradient_bytes=BF16 * n, optimizer_bytes=(FP32 + MOMENTS) * n),
-        _adapter("LoRA", bf16, budget),
-        _adapter("QLoRA (nf4)", base_bytes(shape, "nf4"), budget),
+        common,
+        f"full: {full}",
+        f"LoRA: bf16 base; {factors}",
+        f"QLoRA: as LoRA, but linear layers in nf4 ({NF4.bits_a_weight:.3f} bits a weight); the rest bf16",
     )
 
 
-def base_bytes(shape: ModelShape, quantize: str = "none", number: int = BF16) -> int:
+def base_bytes(shape: ModelShape, quantised: Quantised | None = None, number: int = BF16) -> int:
     """The base as stored, `number` bytes for what is not quantised: embeddings, norms, biases, experts and the head."""
-    inside = [linear for linear in shape.linears if linear.path not in shape.head]
-    quantised = 0 if quantize == "none" else sum(linear.weights for linear in inside)
-    bits = {"none": 0, "nf4": NF4_BITS, "int8": 8}[quantize]
-    scales = FP32 * sum(linear.out_features for linear in inside) if quantize == "int8" else 0
-    return round(quantised * bits / 8) + scales + number * (shape.parameters - quantised)
+    if quantised is None:
+        return number * shape.parameters
+    inside = [linear for linear in shape.linears if linear.path not in shape.head and quantised.holds(linear)]
+    plain = shape.parameters - sum(linear.weights for linear in inside)
+    return sum(map(quantised.bytes_of, inside)) + number * plain
 
 
 def _adapter(name: str, base_bytes: int, budget: Budget) -> Method:

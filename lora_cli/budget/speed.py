@@ -71,8 +71,8 @@ def _attention(setup: Setup, batch: Batch) -> float:
 def _moved(setup: Setup, batch: Batch, again: float) -> float:
     kept = sum(block.whole.of(batch.rows, batch.row_length) for block in setup.blocks)
     passes = 2 + again
-    weights = base_bytes(setup.shape, setup.quantize, setup.how.number)
-    unpacked = 0 if setup.quantize == "none" else 2 * setup.how.number * _block_weights(setup)  # written and read
+    weights = base_bytes(setup.shape, setup.quantised, setup.how.number)
+    unpacked = 0 if setup.quantised is None else 2 * setup.how.number * _block_weights(setup)  # written and read
     logits = MOVED_A_LOGIT * setup.shape.vocabulary * batch.trained
     return kept * (MOVED_FORWARD * (1 + again) + MOVED_BACKWARD) + passes * (weights + unpacked) + logits
 

@@ -23,6 +23,7 @@ from lora_cli.budget.activations import (
 )
 from lora_cli.budget.memory import FP32, base_bytes
 from lora_cli.budget.params import Budget, Whole, budget_of
+from lora_cli.budget.quantised import Quantised
 from lora_cli.budget.shapes import Linear, ModelShape
 from lora_cli.kernels.sizes import ENOUGH_ROWS
 from lora_cli.lora.config import LoRAConfig
@@ -50,7 +51,7 @@ class Setup:
     adapted: tuple[Linear, ...]
     config: LoRAConfig
     how: How
-    quantize: str = "none"
+    quantised: Quantised | None = None  # how linear layers are stored; None: as plain numbers
     optimizer: str = "adamw"
     full: bool = False  # every weight is trained, and float32; `adapted` are then all linears, with r = 0
     biases: int | None = None  # numbers trained in biases; None: those of `adapted`, where the config has them trained
@@ -63,7 +64,7 @@ class Setup:
     @property
     def weight_bytes(self) -> int:
         """As the base is loaded: where its weights are trained, they are masters."""
-        return FP32 * self.trained if self.full else base_bytes(self.shape, self.quantize, self.how.number)
+        return FP32 * self.trained if self.full else base_bytes(self.shape, self.quantised, self.how.number)
 
     @cached_property
     def budget(self) -> Budget:
@@ -125,7 +126,7 @@ class Setup:
     @property
     def lean(self) -> bool:
         """Whether a linear with its adapter is one function."""
-        return not self.how.use_dora and self.quantize == "none" and not self.full
+        return not self.how.use_dora and self.quantised is None and not self.full
 
     @property
     def copied(self) -> int:
@@ -280,7 +281,7 @@ def _backward(setup: Setup, block: BlockMemory, batch: Batch, again: Recompute) 
     in_mlp = _in_mlp(setup, again)
     pairs = GRADIENTS_AT_ONCE * FP32 * block.probabilities * batch.row_length
     in_attention = pairs - block.behind_attention.token
-    unpacked = 0 if setup.quantize == "none" else setup.how.number * setup.largest_weight
+    unpacked = 0 if setup.quantised is None else setup.how.number * setup.largest_weight
     wide = batch.tokens * (narrow + max(in_norm, in_mlp, in_attention))
     return max(wide + unpacked, _widened(setup, batch, narrow))
 

@@ -144,7 +144,7 @@ def _notes(base: "MeasuredBase", lora: "LoRA", budget: "Budget", paths: list[str
 
 
 def _show(answer: Answer) -> None:
-    from lora_cli.budget.memory import ASSUMPTIONS
+    from lora_cli.budget.memory import assumptions
     from lora_cli.cli.console import bytes_text, inert, show, show_table
 
     budget, lora = answer.budget, answer.lora
@@ -154,7 +154,7 @@ def _show(answer: Answer) -> None:
     show(f"\ntrained   {budget}", style="bold")
     show(f"{'adapter' if lora else 'model  '}   {bytes_text(budget.adapter_bytes)} on disk (float32)\n")
     show_table(_memory(answer.methods))
-    show("\n" + "\n".join(ASSUMPTIONS), style="dim")
+    show("\n" + "\n".join(assumptions(answer.base.shape)), style="dim")
     for note in answer.notes:
         show(f"note: {note}")
 
@@ -212,7 +212,7 @@ def _ruled(table: "Table", *sums: str) -> "Table":
 
 
 def _document(answer: Answer) -> dict:
-    from lora_cli.budget.memory import ASSUMPTIONS
+    from lora_cli.budget.memory import assumptions
 
     base, lora, budget = answer.base, answer.lora, answer.budget
     return {
@@ -231,7 +231,7 @@ def _document(answer: Answer) -> dict:
         "share": budget.share,
         "adapter_bytes": budget.adapter_bytes,
         "memory": [{**asdict(method), "total_bytes": method.total_bytes} for method in answer.methods],
-        "assumptions": ASSUMPTIONS,
+        "assumptions": assumptions(base.shape),
         "notes": answer.notes,
     }
 

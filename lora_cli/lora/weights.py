@@ -126,9 +126,20 @@ def frozen_matrix(layer: nn.Module) -> Tensor | None:
 
 
 def stored_in(layer: nn.Module) -> list[Tensor]:
-    """The plain tensors that a layer's parameters are made of, and its buffers where they hold its weight."""
-    buffers = layer.buffers(recurse=False) if is_quantised(layer) else ()
-    return [inner for tensor in (*layer.parameters(recurse=False), *buffers) for inner in _plain(tensor)]
+    """The plain tensors that a layer's parameters are made of, and what else holds its weight: buffers, and scales."""
+    others = [*layer.buffers(recurse=False), *_scales(layer)] if is_quantised(layer) else []
+    return [inner for tensor in (*layer.parameters(recurse=False), *others) for inner in _plain(tensor)]
+
+
+def _scales(layer: nn.Module) -> list[Tensor]:
+    """What bitsandbytes keeps beside a weight, in no parameter and no buffer."""
+    weight = layer._parameters.get("weight")
+    if (state := getattr(weight, "quant_state", None)) is not None:
+        twice = [state.offset, state.state2.absmax, state.state2.code] if state.nested else []
+        return [state.absmax, state.code, *twice]
+    moved = getattr(getattr(layer, "state", None), "SCB", None)  # by the first forward
+    scales = getattr(weight, "SCB", None) if moved is None else moved
+    return [] if scales is None else [scales]
 
 
 def _plain(tensor: Tensor) -> list[Tensor]:

@@ -108,6 +108,14 @@ def quantised_on_disk(folder: Path) -> str | None:
     return str(found.get("quant_method") or "bitsandbytes") if isinstance(found, dict) else None
 
 
+def refuse_twice(folder: Path, quantize: str) -> None:
+    """Raise ModelError where a base that is quantised on disk should be quantised again."""
+    if quantize != "none" and (method := quantised_on_disk(folder)):
+        what = f"`model.quantize: {quantize}` quantises 16-bit weights, and the base's are quantised already ({method})"
+        fix = "leave `model.quantize` out to train beside them as they are, or give the 16-bit original"
+        raise ModelError(Problem(what, where=str(folder / "config.json"), fix=fix))
+
+
 def refuse_foreign_code(folder: Path) -> None:
     """Raise SafetyError where a config beside a model or a tokenizer asks for code that is not transformers' own.
 

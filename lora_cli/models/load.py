@@ -14,8 +14,8 @@ from lora_cli.errors import ModelError, Problem, SafetyError, UserError, is_out_
 from lora_cli.kernels.products import has_bfloat16
 from lora_cli.lora.base_files import weight_files
 from lora_cli.lora.inject import linears
-from lora_cli.lora.weights import weights_of
-from lora_cli.models.base import Base, quantised_on_disk, refuse_foreign_code
+from lora_cli.lora.weights import is_quantised, weights_of
+from lora_cli.models.base import Base, quantised_on_disk, refuse_foreign_code, refuse_twice
 from lora_cli.models.heads import SUFFIX, Head, configure, head_modules, may_be_new, refuse_encoder, start
 from lora_cli.models.quiet import quiet_transformers
 from lora_cli.models.trust import may_run
@@ -72,7 +72,7 @@ def load_model(
     Raises ModelError for weights that don't fit the config, and SafetyError for pickled ones.
     """
     quiet_transformers()
-    _refuse_twice(base, quantize)
+    refuse_twice(base.folder, quantize)
     weight_files(base.folder)  # transformers would take a pickle that an index of safetensors names
     left_out = head_modules(skeleton(base.folder, head)) if head and quantize != "none" else None
     try:
@@ -97,18 +97,19 @@ def load_model(
             f"the base can't be loaded: {said(error)}", base.folder, error, _fix(error, head)
         ) from error
     model.requires_grad_(False)
+    if quantised_on_disk(base.folder) == "bitsandbytes":
+        _to(model, dtype)
     _check_complete(base, model, info, head)
     if head:
         model.config.pad_token_id = head.pad_token_id  # a decoder's last token is the last that is not this one
     return model.eval()
 
 
-def _refuse_twice(base: Base, quantize: str) -> None:
-    """Raise ModelError where a base that is quantised on disk should be quantised again."""
-    if quantize != "none" and (method := quantised_on_disk(base.folder)):
-        what = f"`model.quantize: {quantize}` quantises 16-bit weights, and the base's are quantised already ({method})"
-        fix = "leave `model.quantize` out to train beside them as they are, or give the 16-bit original"
-        raise ModelError(Problem(what, where=str(base.folder / "config.json"), fix=fix))
+def _to(model: "PreTrainedModel", dtype: torch.dtype) -> None:
+    """What is not quantised, in the type that was asked for: transformers leaves some of it in that of bitsandbytes' files."""
+    for module in model.modules():
+        for parameter in () if is_quantised(module) else module.parameters(recurse=False):
+            parameter.data = parameter.data.to(dtype)
 
 
 def skeleton(folder: Path, head: Head | None = None) -> "PreTrainedModel":

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from lora_cli.budget.activations import How
 from lora_cli.budget.params import adapted_linears
 from lora_cli.budget.plan import Lengths, Limits, Option, choose
+from lora_cli.budget.quantised import QUANTIZE, quantised_by
 from lora_cli.budget.shapes import ModelShape
 from lora_cli.budget.speed import Rates
 from lora_cli.budget.step import Setup
@@ -58,11 +59,14 @@ def setup_of(
     widened: bool = False,
     biases: int | None = None,
 ) -> Setup:
-    """What the recipe trains on this base, with numbers of so many bytes, `widened` for products where the device has no
+    """What the recipe trains on this base, which may be quantised on disk, with numbers of so many bytes, `widened` for products where the device has no
     others; `biases` where it trains every bias there is.
     """
     lora = recipe.lora
-    window = shape.config.get("sliding_window")
+    window, quantised = (
+        shape.config.get("sliding_window"),
+        QUANTIZE[recipe.model.quantize] or quantised_by(shape.config),
+    )
     how = How(
         number=number,
         attention=attention,
@@ -71,6 +75,7 @@ def setup_of(
         use_dora=lora.use_dora,
         freeze_A=lora.freeze_A,
         doubled=lora.init in TAKEN_OFF,
+        holds_inputs=quantised is not None and quantised.holds_inputs,
         widened=widened,
         logits_at_once=LOGITS_AT_ONCE[kind],
         by_position=kind == "cpu",
@@ -91,7 +96,7 @@ def setup_of(
         tuple(adapted),
         lora.config(),
         how,
-        recipe.model.quantize,
+        quantised,
         recipe.training.optimizer,
         biases=biases,
         tokens=len(set(lora.trainable_tokens)),

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from lora_cli.budget.step import Batch, step_memory
 from lora_cli.data.order import steps
 from lora_cli.data.types import Batch as Tensors
+from lora_cli.lora.weights import stored_in
 from lora_cli.runs.decision import Decision
 from lora_cli.runs.parts import Run
 from lora_cli.train.events import Event, Finished, Memory, Step
@@ -74,7 +75,8 @@ def _predicted(decided: Decision, tensors: Tensors, *, alone: bool) -> int:
 
 def _held(run: Run, optimizer: Optimizer) -> list[Tensor]:
     state = [value for values in optimizer.state.values() for value in values.values() if isinstance(value, Tensor)]
-    return [*run.model.parameters(), *run.model.buffers(), *state]
+    base = [tensor for module in run.model.modules() for tensor in stored_in(module)]
+    return [*base, *run.model.buffers(), *state]
 
 
 def _warn_if_short(decided: Decision, ratio: float) -> None:

@@ -7,14 +7,17 @@ where tokens are counted or this machine's own device is asked about.
 import time
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_cli.budget.bases import MeasuredBase, local_folder, measure_base
+from lora_cli.budget.bases import CATALOGUE, MeasuredBase, local_folder, measure_base
 from lora_cli.budget.gpus import GPU, find_gpu, gpu_of_device, smallest
 from lora_cli.budget.plan import Lengths, Option
+from lora_cli.budget.quantised import Quantised, quantised_by
 from lora_cli.budget.speed import Rates
 from lora_cli.budget.step import Setup
 from lora_cli.data.sources import is_path
+from lora_cli.models.base import refuse_twice
 from lora_cli.recipe.reader import LoadedRecipe
 from lora_cli.recipe.schema import LoRA, Recipe, sources_of
 from lora_cli.runs.memory import (
@@ -89,16 +92,20 @@ def plan(loaded: LoadedRecipe, *, gpu: str | None = None, gpus: int = 1, price: 
     refuse_without_formula(recipe)
     lora = recipe.lora
     base = measure_base(recipe.model.base, recipe.model.revision, targets=lora.targets, bias=lora.bias)
+    if base.source != CATALOGUE:
+        refuse_twice(Path(base.source), recipe.model.quantize)
     machine = _catalogued(find_gpu(gpu), gpus) if gpu else _this_machine(recipe, gpus)
     lengths, tokens = _rows(loaded, base)
     counted = tokens is not None
     make = partial(_way, base=base, machine=machine, lengths=lengths, tokens=tokens or 1e6, gpus=gpus, price=price)
-    return Plan(base, machine, gpus, lengths, counted, tokens or 1e6, tuple(make(*way) for way in _ways(recipe)))
+    ways = tuple(make(*way) for way in _ways(recipe, quantised_by(base.shape.config)))
+    return Plan(base, machine, gpus, lengths, counted, tokens or 1e6, ways)
 
 
-def _ways(recipe: Recipe) -> list[tuple[str, Recipe]]:
+def _ways(recipe: Recipe, on_disk: Quantised | None) -> list[tuple[str, Recipe]]:
     """(name, recipe): the recipe as it is, and what it is not, with nothing fixed."""
-    kinds = {"none": "LoRA 16 bit", "nf4": "QLoRA nf4", "int8": "LoRA int8"}
+    plain = f"LoRA, {on_disk.name} on disk" if on_disk else "LoRA 16 bit"
+    kinds = {"none": plain, "nf4": "QLoRA nf4", "int8": "LoRA int8"}
     open_ = {"micro_batch_size": "auto", "gradient_checkpointing": "auto"}
 
     def other(method: str, quantize: str = "none") -> Recipe:
@@ -109,7 +116,9 @@ def _ways(recipe: Recipe) -> list[tuple[str, Recipe]]:
         return recipe.model_copy(update=changed | ({"lora": LoRA()} if method == "full" else {}))
 
     own = "full" if recipe.training.full else kinds[recipe.model.quantize]
-    ways = {kinds["none"]: other("lora"), kinds["nf4"]: other("lora", "nf4"), "full": other("full")}
+    ways = {plain: other("lora"), kinds["nf4"]: other("lora", "nf4"), "full": other("full")}
+    if on_disk:
+        del ways[kinds["nf4"]]  # what is quantised is not quantised again
     return [(f"this recipe ({own})", recipe), *((name, way) for name, way in ways.items() if name != own)]
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lora_cli.budget.activations import How
 from lora_cli.budget.modules import biases_of
 from lora_cli.budget.params import adapted_linears
+from lora_cli.budget.quantised import quantised_by
 from lora_cli.budget.shapes import shape_of
 from lora_cli.budget.step import Batch, Setup
 from lora_cli.data.collate import collate
@@ -19,9 +20,11 @@ from lora_cli.kernels.sizes import LOGITS_AT_ONCE
 from lora_cli.lora.config import LoRAConfig
 from lora_cli.lora.inject import inject, linears
 from lora_cli.lora.targets import choose_targets
+from lora_cli.lora.weights import stored_in
 from lora_cli.models.load import head_paths
 from lora_cli.models.recompute import checkpoint_activations
 from lora_cli.objectives.sft import sft
+from lora_cli.train.meter import measured
 
 ROWS, LENGTH = 2, 48
 
@@ -62,6 +65,7 @@ def tiny_step(
     checkpoint_activations(model.train(), recompute)
     rows = [[_example(LENGTH // 2)] * 2 if packed else [_example(LENGTH)]] * ROWS
     tensors = collate(rows)
+    quantised = quantised_by(shape.config)
     how = How(
         number=dtype.itemsize,
         attention=model.config._attn_implementation,
@@ -71,10 +75,25 @@ def tiny_step(
         widened=is_emulated(dtype, torch.device("cpu")),
         logits_at_once=LOGITS_AT_ONCE["cpu"],
         freeze_A=lora.freeze_A,
+        holds_inputs=quantised is not None and quantised.holds_inputs,
     )
     adapted = tuple(adapted_linears(shape, targets))
-    setup = Setup(shape, adapted, lora, how, biases=biases, tokens=len(lora.trainable_tokens))
+    setup = Setup(shape, adapted, lora, how, quantised, biases=biases, tokens=len(lora.trainable_tokens))
     return TinyStep(model, tensors, setup, Batch(ROWS, LENGTH, ROWS * tensors["positions"].numel()))
+
+
+def peak_bytes(step: TinyStep) -> int:
+    """Of a second step, gradients of a first forward and the optimizer's state being there."""
+    optimizer = torch.optim.AdamW(step.trained, fused=True)
+    step.loss().backward()
+    optimizer.step()
+    state = [tensor for values in optimizer.state.values() for tensor in values.values()]
+    weights = [tensor for module in step.model.modules() for tensor in stored_in(module)]
+    held = [*weights, *step.model.buffers(), *(p.grad for p in step.trained), *state]
+    with measured(torch.device("cpu"), held) as peak:
+        step.loss().backward()
+        optimizer.step()
+    return peak.bytes
 
 
 def _example(length: int) -> Example:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from budget.steps import TinyStep, tiny_step
+from budget.steps import peak_bytes, tiny_step
 from tiny import CONFIGS, EXPERTS
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -10,24 +10,10 @@ from lora_cli.budget.activations import How
 from lora_cli.budget.bases import measure_base
 from lora_cli.budget.memory import base_bytes
 from lora_cli.budget.params import adapted_linears
+from lora_cli.budget.quantised import QUANTIZE
 from lora_cli.budget.step import Batch, Setup, step_memory
 from lora_cli.kernels import products
 from lora_cli.lora.config import LoRAConfig
-from lora_cli.train.meter import measured
-
-
-def peak_bytes(step: TinyStep) -> int:
-    """Of a second step, gradients of a first forward and the optimizer's state being there."""
-    optimizer = torch.optim.AdamW(step.trained, fused=True)
-    step.loss().backward()
-    optimizer.step()
-    state = [tensor for values in optimizer.state.values() for tensor in values.values()]
-    held = [*step.model.parameters(), *step.model.buffers(), *(p.grad for p in step.trained), *state]
-    with measured(torch.device("cpu"), held) as peak:
-        step.loss().backward()
-        optimizer.step()
-    return peak.bytes
-
 
 NAMES = [*(name for name in CONFIGS if name != "llama-tied"), "qwen3_moe"]
 
@@ -122,7 +108,7 @@ def test_quantised_weights_are_counted_as_they_are_stored(quantize):
     inside = sum(linear.weights for linear in shape.linears if linear.path not in shape.head)
     bits = {"int8": 8, "nf4": 4}[quantize]
 
-    found = base_bytes(shape, quantize) - 2 * (shape.parameters - inside)
+    found = base_bytes(shape, QUANTIZE[quantize]) - 2 * (shape.parameters - inside)
 
     assert inside * bits / 8 < found < 1.05 * inside * bits / 8
 

@@ -5,10 +5,13 @@ import subprocess
 import sys
 
 import pytest
+from quantised_bases import STORAGES, quantised_base
 from running import ROOT, events
 from tiny import tiny_base
 
 QLORA = ROOT / "configs" / "llama31-8b-qlora.yaml"
+
+ONE_ROW = {"data.packing": False, "training.global_batch_size": 2, "training.micro_batch_size": 1}
 
 
 def test_a_base_of_the_catalogue_is_planned_without_torch_or_its_rows():
@@ -88,8 +91,7 @@ def test_an_unknown_gpu_is_a_usage_error(lora):
 )
 def test_what_training_needs_is_what_was_planned_on_this_machine(name, settings, lora, recipe, tmp_path):
     """Without packing, the run's longest batch has the shape that the plan names."""
-    fixed = {"data.packing": False, "training.global_batch_size": 2, "training.micro_batch_size": 1}
-    file = recipe(settings | fixed, base=tiny_base(tmp_path / "base", name))
+    file = recipe(settings | ONE_ROW, base=tiny_base(tmp_path / "base", name))
     lora("train", file)
 
     [memory] = events(tmp_path / "out", "memory")
@@ -103,6 +105,25 @@ def test_what_training_needs_is_what_was_planned_on_this_machine(name, settings,
     assert {key: planned[key] for key in ("weights", "adapter", "gradients", "optimizer")} == {
         key: resolved["memory"][key] for key in ("weights", "adapter", "gradients", "optimizer")
     }
+
+
+@pytest.mark.parametrize("storage", ["bitsandbytes nf4", "bitsandbytes int8"])
+def test_a_base_quantised_on_disk_is_planned_as_it_lies_there(storage, lora, recipe, tmp_path):
+    base = quantised_base(tmp_path, STORAGES[storage]())
+    file, name = recipe({"training.max_steps": 2} | ONE_ROW, base=base), storage.split()[1]
+    lora("train", file)
+
+    [memory] = events(tmp_path / "out", "memory")
+    ways = lora("plan", file, "--json").json["ways"]
+
+    assert memory["measured_bytes"] == pytest.approx(memory["predicted_bytes"], rel=0.05)
+    assert [way["name"] for way in ways] == [f"this recipe (LoRA, {name} on disk)", "full"]
+    assert (
+        ways[0]["memory"]["weights"] < 0.75 * ways[1]["memory"]["weights"]
+    )  # the head and the embeddings are most of both
+    assert f"LoRA ({name})" in lora("params", file).out
+    refused = lora("plan", recipe({"model.quantize": "nf4"}, base=base), code=4)
+    assert "the base's are quantised already (bitsandbytes)" in refused.err
 
 
 @pytest.mark.parametrize("mode", ["true", "mlp", "2"])

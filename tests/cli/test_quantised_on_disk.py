@@ -1,16 +1,16 @@
 """Bases that are quantised in their own files: trained beside, measured, and merged into what they stand for."""
 
 import json
-import logging
 import sys
 
 import pytest
 import torch
 from layers import relative_difference
 from peft import PeftModel
+from quantised_bases import STORAGES, quantised_base, torchao
 from running import hashes, trained_and_resumed
-from tiny import byte_tokenizer, tiny_base
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from tiny import tiny_base
+from transformers import AutoModelForCausalLM
 
 from lora_cli.lora.inject import lora_layers
 from lora_cli.lora.peft_format import load_adapter
@@ -25,38 +25,7 @@ pytestmark = [
 IDS = torch.tensor([[5, 17, 200, 31, 8, 90, 41]])
 
 
-def torchao(name: str, **settings):
-    quantization = pytest.importorskip("torchao.quantization", reason="needs torchao")
-    from transformers import TorchAoConfig
-
-    return TorchAoConfig(getattr(quantization, name)(**settings))
-
-
-def int4():
-    quantization = pytest.importorskip("torchao.quantization", reason="needs torchao")
-    return torchao("IntxWeightOnlyConfig", weight_dtype=torch.int4, granularity=quantization.PerGroup(16))
-
-
-STORAGES = {
-    "bitsandbytes nf4": lambda: BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
-    ),
-    "bitsandbytes int8": lambda: BitsAndBytesConfig(load_in_8bit=True),
-    "torchao int8": lambda: torchao("Int8WeightOnlyConfig"),
-    "torchao int4": int4,
-}
 ROUNDED_INPUTS = ("bitsandbytes int8",)  # LLM.int8 rounds what it multiplies, too
-
-
-def quantised_base(folder, storage):
-    """As a person finds it on the hub: `save_pretrained` of a model that was loaded with a quantisation config."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    config = storage()
-    plain = tiny_base(folder / "plain", "qwen2")
-    model = AutoModelForCausalLM.from_pretrained(plain, quantization_config=config, dtype=torch.float32)
-    model.save_pretrained(folder / "base")
-    byte_tokenizer().save_pretrained(folder / "base")
-    return folder / "base"
 
 
 def logits(model) -> torch.Tensor:
@@ -67,7 +36,7 @@ def logits(model) -> torch.Tensor:
 @pytest.mark.parametrize("method", [{}, {"lora.use_dora": True}], ids=["LoRA", "DoRA"])
 @pytest.mark.parametrize("storage", STORAGES)
 def test_a_quantised_base_goes_all_the_way(storage, method, lora, recipe, tmp_path):
-    base, out = quantised_base(tmp_path, STORAGES[storage]), tmp_path / "out"
+    base, out = quantised_base(tmp_path, STORAGES[storage]()), tmp_path / "out"
     before = hashes(base)
     file = recipe({"data.eval": "25%", "training.max_steps": 6, "training.save_steps": 2} | method, base=base)
 
@@ -89,7 +58,7 @@ def test_a_quantised_base_goes_all_the_way(storage, method, lora, recipe, tmp_pa
 
 
 def test_a_quantised_base_is_not_quantised_again(lora, recipe, tmp_path):
-    base = quantised_base(tmp_path, STORAGES["bitsandbytes nf4"])
+    base = quantised_base(tmp_path, STORAGES["bitsandbytes nf4"]())
 
     refused = lora("train", recipe({"model.quantize": "nf4"}, base=base), code=4)
 
@@ -98,7 +67,7 @@ def test_a_quantised_base_is_not_quantised_again(lora, recipe, tmp_path):
 
 
 def test_a_base_that_gives_no_gradients_is_refused_before_it_trains(lora, recipe, tmp_path):
-    base = quantised_base(tmp_path, lambda: torchao("Int8DynamicActivationInt8WeightConfig"))
+    base = quantised_base(tmp_path, torchao("Int8DynamicActivationInt8WeightConfig"))
 
     refused = lora("train", recipe(base=base), code=4)
 
