@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from lora_cli.cli.options import AdapterOutOption, JsonOption, MismatchOption, TrustOption
+from lora_cli.cli.options import AdapterOutOption, JsonOption, MismatchOption, ModulesOption, TrustOption
 
 if TYPE_CHECKING:
     from lora_cli.export.adapter_folder import Made
@@ -44,6 +44,7 @@ def compose(
         ),
     ] = None,
     allow_base_mismatch: MismatchOption = False,
+    modules: ModulesOption = False,
     as_json: JsonOption = False,
     trust_remote_code: TrustOption = None,
 ) -> None:
@@ -73,7 +74,7 @@ def compose(
     if as_json:
         show_json(made_document(made))
         return
-    _show(made, list(zip(parts, adapters, strict=True)), method)
+    _show(made, list(zip(parts, adapters, strict=True)), method, each=modules)
 
 
 def made_document(made: "Made") -> dict:
@@ -91,15 +92,15 @@ def made_document(made: "Made") -> dict:
     }
 
 
-def show_made(made: "Made") -> None:
-    """A table by kind of module, the error over all, and where it was written."""
+def show_made(made: "Made", *, each: bool = False) -> None:
+    """A table by kind of module, or of each module, the error over all, and where it was written."""
     from lora_cli.cli.console import bytes_text, inert, number, plain_table, show, show_table
     from lora_cli.lora.targets import kind_of
 
     table = plain_table("module", "modules", "r", "‖ΔW‖", "error", "largest error")
     kinds: dict[str, list[str]] = {}
     for path in made.adapter.layers:
-        kinds.setdefault(kind_of(path), []).append(path)
+        kinds.setdefault(path if each else kind_of(path), []).append(path)
     for kind, paths in kinds.items():
         ranks = [len(made.adapter.layers[path].A) for path in paths]
         fits = [made.fits[path] for path in paths]
@@ -137,7 +138,7 @@ def span(low: float, high: float) -> str:
     return f"{low:g}" if low == high else f"{low:g}–{high:g}"
 
 
-def _show(made: "Made", parts: list[tuple[float, Path]], method: str) -> None:
+def _show(made: "Made", parts: list[tuple[float, Path]], method: str, *, each: bool) -> None:
     from lora_cli.cli.console import inert, show
 
     show(
@@ -146,7 +147,7 @@ def _show(made: "Made", parts: list[tuple[float, Path]], method: str) -> None:
     if made.base_differences:
         listed = ", ".join(made.base_differences[:3])
         show(f"         NOT of one base (--allow-base-mismatch): they differ in {inert(listed)}")
-    show_made(made)
+    show_made(made, each=each)
 
 
 def _numbers(text: str) -> list[float]:

@@ -79,7 +79,11 @@ def _show_settings(found: "Comparison") -> None:
     from lora_cli.cli.console import inert, plain_table, show, show_table
 
     if found.same_base is not None:
-        show("trained on the same base" if found.same_base else "trained on DIFFERENT bases")
+        differ = ", ".join(found.base_differences[:3]) + (" …" if len(found.base_differences) > 3 else "")
+        where = "the same base" if found.same_base else f"DIFFERENT bases: they differ in {inert(differ)}"
+        show(f"trained on {where}")
+    if found.tokenizer_differences:
+        show(f"trained with DIFFERENT tokenizers: they differ in {', '.join(found.tokenizer_differences)}")
     for name, paths in zip("AB", found.only, strict=True):
         if paths:
             rest = f" and {len(paths) - NAMED} more" if len(paths) > NAMED else ""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from lora_cli.cli.compose import made_document, show_made
-from lora_cli.cli.options import AdapterOutOption, JsonOption, TrustOption
+from lora_cli.cli.options import AdapterOutOption, JsonOption, ModulesOption, TrustOption
 
 if TYPE_CHECKING:
     from lora_cli.export.extract import Extracted, LeftOut
@@ -33,6 +33,7 @@ def extract(
     bias: Annotated[
         Literal["none", "all", "lora_only"], typer.Option(help="Biases to hold: all, or those of adapted modules.")
     ] = "none",
+    modules: ModulesOption = False,
     as_json: JsonOption = False,
     trust_remote_code: TrustOption = None,
 ) -> None:
@@ -64,16 +65,16 @@ def extract(
         left = [asdict(tensor) for tensor in found.left_out]
         show_json(made_document(found.made) | {"left_out": left, "unchanged": found.unchanged})
     else:
-        _show(found, base, tuned)
+        _show(found, base, tuned, each=modules)
 
 
-def _show(found: "Extracted", base: str, tuned: str) -> None:
+def _show(found: "Extracted", base: str, tuned: str, *, each: bool) -> None:
     from lora_cli.cli.console import inert, show
 
     show(f"extracted {inert(tuned)} − {inert(base)}", style="bold")
     if found.unchanged:
         show(f"         {found.unchanged} of the chosen weights are the same in both")
-    show_made(found.made)
+    show_made(found.made, each=each)
     for line in _beside_lines(found.made.adapter):
         show(line)
     if not found.left_out:

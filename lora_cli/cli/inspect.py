@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lora_cli.cli.compose import span
-from lora_cli.cli.options import JsonOption, MismatchOption, TrustOption
+from lora_cli.cli.options import JsonOption, MismatchOption, ModulesOption, TrustOption
 
 if TYPE_CHECKING:
     from lora_cli.runs.inspect import Beside, Inspection, Module
@@ -22,7 +22,7 @@ def inspect(
     base: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Its base, for ‖ΔW‖ / ‖W‖ and for intruders.")
     ] = None,
-    modules: Annotated[bool, typer.Option("--modules", help="A line for each module, not for each kind.")] = False,
+    modules: ModulesOption = False,
     intruders: Annotated[
         bool, typer.Option("--intruders", help="Count directions that the base has nothing like; slow, needs --base.")
     ] = False,

@@ -56,4 +56,5 @@ TrustOption = Annotated[
         show_default=False,
     ),
 ]
+ModulesOption = Annotated[bool, typer.Option("--modules", help="A line for each module, not for each kind.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]

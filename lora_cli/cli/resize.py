@@ -9,7 +9,7 @@ import typer
 
 from lora_cli.cli.compose import made_document, show_made
 from lora_cli.cli.merge import mismatch_lines
-from lora_cli.cli.options import AdapterOutOption, JsonOption, MismatchOption, TrustOption
+from lora_cli.cli.options import AdapterOutOption, JsonOption, MismatchOption, ModulesOption, TrustOption
 
 
 def resize(
@@ -25,6 +25,7 @@ def resize(
     ] = None,
     base: Annotated[str | None, typer.Option(metavar="MODEL", help="Its base: needed for a DoRA.")] = None,
     allow_base_mismatch: MismatchOption = False,
+    modules: ModulesOption = False,
     as_json: JsonOption = False,
     trust_remote_code: TrustOption = None,
 ) -> None:
@@ -45,7 +46,7 @@ def resize(
     show(f"resized  {inert(str(adapter))}", style="bold")
     for line in mismatch_lines(made.base_differences):
         show(line)
-    show_made(made)
+    show_made(made, each=modules)
 
 
 def _choice(r: int | None, energy: float | None, budget: str | None) -> Callable:

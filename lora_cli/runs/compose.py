@@ -1,5 +1,6 @@
 """Adapters made from adapters: several composed into one, or one cut to a lower rank."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,8 @@ from lora_cli.lora.gains import no_weight
 from lora_cli.lora.svd import SVD
 from lora_cli.models.base import Base
 from lora_cli.models.heads import head_of
+
+log = logging.getLogger(__name__)
 
 
 def compose_folders(
@@ -128,15 +131,22 @@ def _check_one_base(terms: Sequence[Term], *, allow: bool) -> list[str]:
                 for name, names in found
             )
         )
-    tokenizers = {term.adapter.tokenizer.vocabulary: term.name for term in terms if term.adapter.tokenizer}
-    if len(tokenizers) > 1 and not allow:
-        raise ModelError(
-            Problem(
-                f"{' and '.join(tokenizers.values())} were trained with tokenizers of other ids",
-                fix="compose adapters of one tokenizer, or accept these with `--allow-base-mismatch`",
-            )
-        )
+    _check_one_tokenizer(terms, allow=allow)
     return [tensor for _, names in found for tensor in names]
+
+
+def _check_one_tokenizer(terms: Sequence[Term], *, allow: bool) -> None:
+    """Raise ModelError for adapters whose tokens have other ids; that they were trained with other templates is said."""
+    known = [term for term in terms if term.adapter.tokenizer]
+    for other in known[1:]:
+        first = known[0]
+        differences = first.adapter.tokenizer.differences(other.adapter.tokenizer)
+        if not allow and ("vocabulary" in differences or "cutting" in differences):
+            what = f"{first.name} and {other.name} were trained with tokenizers of other ids"
+            fix = "compose adapters of one tokenizer, or accept these with `--allow-base-mismatch`"
+            raise ModelError(Problem(what, fix=fix))
+        if differences:
+            log.warning("%s and %s were trained with another %s", first.name, other.name, " and ".join(differences))
 
 
 def _check_acts(adapter: Adapter, fits: Fits) -> None:

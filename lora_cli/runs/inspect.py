@@ -121,6 +121,8 @@ class Comparison:
     config: Mapping[str, tuple[object, object]]  # the keys of adapter_config.json that differ
     only: tuple[tuple[str, ...], tuple[str, ...]]  # modules of A alone, of B alone
     same_base: bool | None  # None where one does not say
+    base_differences: tuple[str, ...]  # tensors
+    tokenizer_differences: tuple[str, ...]  # vocabulary, cutting, template
     pairs: tuple[Pair, ...]
     beside: tuple[Beside, ...] = ()
     dora: bool = False  # of one or both: the pairs are of the low-rank parts
@@ -131,6 +133,8 @@ class Comparison:
             "only_in_a": list(self.only[0]),
             "only_in_b": list(self.only[1]),
             "same_base": self.same_base,
+            "base_differences": list(self.base_differences),
+            "tokenizer_differences": list(self.tokenizer_differences),
             "modules": [asdict(pair) | {"overlap": pair.overlap.tolist()} for pair in self.pairs],
             "beside": [asdict(part) for part in self.beside],
         }
@@ -162,13 +166,16 @@ def compare_adapters(first: Path, second: Path, side: Side = "input") -> Compari
         raise ModelError(*problems[:3])
     configs = to_peft(a.config), to_peft(b.config)
     both = [path for path in a.layers if path in b.layers]
+    bases = a.base.differences(b.base) if a.base and b.base else []
     return Comparison(
         config={key: (configs[0][key], configs[1][key]) for key in configs[0] if configs[0][key] != configs[1][key]},
         only=(
             tuple(path for path in a.layers if path not in b.layers),
             tuple(p for p in b.layers if p not in a.layers),
         ),
-        same_base=not a.base.differences(b.base) if a.base and b.base else None,
+        same_base=not bases if a.base and b.base else None,
+        base_differences=tuple(bases),
+        tokenizer_differences=tuple(a.tokenizer.differences(b.tokenizer)) if a.tokenizer and b.tokenizer else (),
         pairs=tuple(_pair(path, _spectrum(a, path), _spectrum(b, path), side) for path in both),
         beside=tuple(_both_beside(a, b)),
         dora=a.config.use_dora or b.config.use_dora,

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import pytest
@@ -12,11 +13,16 @@ from layers import relative_difference
 from peft import PeftModel
 from running import hashes, write_recipe, write_rows
 from safetensors.torch import load_file, save_file
-from tiny import tiny_base
+from tiny import byte_tokenizer, swapped_tokenizer, tiny_base
+from tokenizers import normalizers
 
+from lora_cli.cli.compose import percent
 from lora_cli.lora.algebra import spectra
-from lora_cli.lora.peft_format import load_adapter
+from lora_cli.lora.peft_format import load_adapter, save_adapter
+from lora_cli.models.identity import tokenizer_identity
+from lora_cli.models.load import load_model
 from lora_cli.recipe.reader import read_recipe
+from lora_cli.runs import evaluate
 
 PEFT_ASKS = "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"  # transformers, under an old name
 AGREE = 2e-6
@@ -304,6 +310,7 @@ def test_resize_cuts_by_rank_energy_or_budget(lora, pair, tmp_path, arguments, f
     base, a, _ = pair()
 
     found = lora("resize", a, *arguments, "--out", tmp_path / "small", "--json").json
+    text = lora("resize", a, *arguments, "--out", tmp_path / "again", "--modules").out
 
     small, whole = load_adapter(tmp_path / "small"), load_adapter(a)
     assert fits(small)
@@ -311,6 +318,10 @@ def test_resize_cuts_by_rank_energy_or_budget(lora, pair, tmp_path, arguments, f
     missed = sum((e - g).square().sum() for e, g in zip(updates(whole).values(), updates(small).values(), strict=True))
     norm = sum(update.square().sum() for update in updates(whole).values())
     assert found["error"] == pytest.approx(float((missed / norm) ** 0.5), rel=1e-4)
+    for path, module in found["modules"].items():
+        missed = (updates(whole)[path] - updates(small)[path]).norm() / updates(whole)[path].norm()
+        assert module["error"] == pytest.approx(missed.item(), rel=1e-3, abs=1e-6)
+        assert re.search(rf"^{re.escape(path)} .* {re.escape(percent(module['error']))} ", text, re.MULTILINE)
     logits_of(base, small)
 
 
@@ -477,6 +488,37 @@ def test_diff_is_the_papers_overlap_and_the_plain_cosine(lora, pair, side):
             assert module["overlap"][i - 1][j - 1] == pytest.approx(phi.item(), abs=1e-6)
 
 
+def test_diff_names_the_tensors_and_the_tokenizers_parts_in_which_the_adapters_differ(lora, pair, tmp_path):
+    _, a, _ = pair()
+    theirs = [tokenizer_identity(tokenizer) for tokenizer in (byte_tokenizer(), byte_tokenizer("{{ messages }}"))]
+    other = random_adapter(tiny_base(tmp_path / "elsewhere", seed=1), seed=4)
+    for folder, adapter, tokenizer in ((a, load_adapter(a), theirs[0]), (tmp_path / "b", other, theirs[1])):
+        save_adapter(replace(adapter, tokenizer=tokenizer), folder)
+
+    text, found = lora("diff", a, tmp_path / "b").out, lora("diff", a, tmp_path / "b", "--json").json
+
+    assert "trained on DIFFERENT bases: they differ in lm_head.weight, model.embed_tokens.weight, " in text
+    assert "trained with DIFFERENT tokenizers: they differ in template" in text
+    assert found["base_differences"][0] == "lm_head.weight"
+    assert found["tokenizer_differences"] == ["template"]
+    assert lora("diff", a, a, "--json").json["base_differences"] == []
+
+
+def test_adapters_of_other_tokenizers_are_not_composed_and_those_of_other_templates_with_a_notice(lora, pair, tmp_path):
+    _, a, b = pair()
+    plain = byte_tokenizer()
+    lowered = byte_tokenizer()
+    lowered.backend_tokenizer.normalizer = normalizers.Lowercase()
+    for n, tokenizer in enumerate((swapped_tokenizer(), lowered, byte_tokenizer("{{ messages }}"))):
+        for folder, other in ((a, plain), (b, tokenizer)):
+            save_adapter(replace(load_adapter(folder), tokenizer=tokenizer_identity(other)), folder)
+
+        done = lora("compose", a, b, "--out", tmp_path / str(n), code=4 if n < 2 else 0)
+
+        said = "were trained with tokenizers of other ids" if n < 2 else "were trained with another template"
+        assert said in done.err
+
+
 def test_diff_draws_the_overlap(lora, pair, tmp_path):
     _, a, b = pair()
 
@@ -495,8 +537,15 @@ def test_diff_draws_the_overlap(lora, pair, tmp_path):
     assert "no module 'nope' in both adapters" in lora("diff", a, b, "--module", "nope", code=4).err
 
 
-def test_base_and_adapters_answer_side_by_side_in_one_load(lora, pair, tmp_path):
+def test_base_and_adapters_answer_side_by_side_in_one_load(lora, pair, tmp_path, monkeypatch):
     _, a, b = pair()
+    loads = []
+
+    def counted(*args, **kwargs):
+        loads.append(1)
+        return load_model(*args, **kwargs)
+
+    monkeypatch.setattr(evaluate, "load_model", counted)
     rows = write_rows(tmp_path / "rows.jsonl")
     lora("compose", a, b, "--weights", "1,0.5", "--out", tmp_path / "ab")
     ask = ("eval", "--data", rows, "--json")
@@ -510,6 +559,7 @@ def test_base_and_adapters_answer_side_by_side_in_one_load(lora, pair, tmp_path)
         assert alone["base"] == together["base"]
     losses = [found["loss"] for found in (together["base"], *together["adapters"].values())]
     assert len(set(losses)) == 4
+    assert loads == [1, 1, 1, 1]
 
 
 def test_generate_asks_every_adapter(lora, pair, tmp_path):
