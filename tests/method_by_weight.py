@@ -120,8 +120,8 @@ NOTES = """\
 - **Experts** that share a parameter get an A and a B each, in PEFT's `target_parameters` format. They have no dropout there:
   the file says 0. `lora inspect`, `compose`, `resize` and `extract` treat each expert as a weight of its own,
   `experts.down_proj[3]`, and a merge writes each into its own tensor where the base's files have it so.
-- **Convolutions** with several groups are refused: PEFT's update sees all channels, and no grouped weight could hold it
-  merged. Dilation and padding modes are the base's own; PEFT passes neither on, and reads such an adapter wrongly. Through
+- **Convolutions** with several groups are refused: PEFT's update sees all channels, so that no grouped weight could hold it
+  merged, and its rank must be a multiple of the groups, of which depthwise ones have as many as channels. Dilation and padding modes are the base's own; PEFT passes neither on, and reads such an adapter wrongly. Through
   the command line they are proved where text reaches them (`tests/cli/test_convolutions.py`): SqueezeBERT's layers of one
   point, and DeBERTa-v2's convolution over three tokens; Conv2d and Conv3d as layers, and in the ViT above. The depthwise
   ones of Mamba, LFM2 and Falcon-H1 have a group a channel.

@@ -1,6 +1,7 @@
 """An adapter is a value: a config, the low-rank factors of each layer, and what is trained whole, apart from any model."""
 
 import hashlib
+import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count, takewhile
@@ -18,9 +19,12 @@ from lora_cli.lora.inject import lora_layers, remove, trained_beside, wrap
 from lora_cli.lora.layer import LoRALayer, merged_weight
 from lora_cli.lora.shards import gathered
 from lora_cli.lora.tokens import ROWS, TrainedTokens
+from lora_cli.lora.tokens import tables as tables_of
 from lora_cli.lora.vocabulary import make_room, rows_for
 from lora_cli.lora.weights import CONVOLUTION, EMBEDDING, EXPERTS, LINEAR, Weight, weights_of
 from lora_cli.lora.whole import State
+
+log = logging.getLogger(__name__)
 
 GIVE_ITS_BASE = "give the base it was trained on with `--base`, or accept this one with `--allow-base-mismatch`"
 
@@ -151,6 +155,7 @@ class Adapter:
         """
         self.check_fits(model)
         if self.tables:
+            self._check_tables(model)
             make_room(model, self.config.trainable_tokens)
         paths = list(dict.fromkeys(of_expert(path)[0] for path in self.layers))
         wrap(model, replace(self.config, lora_dropout=0.0), paths, whole=self.whole)
@@ -166,6 +171,18 @@ class Adapter:
             fix = "copy or train the adapter again" + (lost if self.config.bias == LORA_ONLY else "")
             raise ModelError(Problem(what, fix=fix))
         self.copy_into(model)
+
+    def _check_tables(self, model: nn.Module) -> None:
+        """Raise ModelError where embedding and head have rows of their own, and the base one table for both; say where a
+        vocabulary that was trained whole is smaller than the base's."""
+        if len(self.tables) > len(tables_of(model)):
+            what = f"the adapter has rows of {' and of '.join(self.tables)}, and they are one table in this base"
+            fix = "untie the base: save it with `tie_word_embeddings: false` and a head of its own, and give it with `--base`"
+            raise ModelError(Problem(what, fix=fix))
+        rows = len(model.get_input_embeddings().weight)
+        if self.config.trainable_tokens == tuple(range(self.vocabulary)) and self.vocabulary < rows:
+            text = "the adapter was trained with a vocabulary of %d, and the base's other %d tokens keep their rows"
+            log.warning(text, self.vocabulary, rows - self.vocabulary)
 
     def copy_into(self, model: nn.Module) -> None:
         """Copy the factors, and what is trained whole, into layers of the same paths and shapes that are in place."""

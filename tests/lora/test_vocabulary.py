@@ -119,6 +119,65 @@ def test_we_read_what_peft_saves_of_a_resized_base(name, tokens, tmp_path):
     assert relative_difference(logits(ours), expected) <= 2e-6
 
 
+WHOLE = {
+    "both trained": ("llama", VOCABULARY + 9, ["embed_tokens", "lm_head"]),
+    "embedding trained": ("llama", VOCABULARY + 9, ["embed_tokens"]),
+    "head trained": ("llama", VOCABULARY + 9, ["lm_head"]),
+    "none trained": ("llama", VOCABULARY + 9, None),
+    "one table, not trained": ("llama-tied", VOCABULARY + 9, None),
+    "both trained, fewer tokens": ("llama", VOCABULARY - 9, ["embed_tokens", "lm_head"]),
+}
+
+
+def saved_by_peft_of_another_vocabulary(folder, name, rows, whole):
+    """An adapter of the base in folder/base, resized to so many rows, and PEFT's logits."""
+    base = tiny_base(folder / "base", name)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    settings = {"r": 2, "target_modules": ["q_proj"], "init_lora_weights": False, "modules_to_save": whole}
+    theirs = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
+    with torch.no_grad():
+        for parameter in (p for p in theirs.parameters() if p.requires_grad):
+            parameter.add_(0.05 * torch.randn(parameter.shape))
+    expected = logits(theirs, WITH_NEW.clamp(max=rows - 1))
+    theirs.save_pretrained(folder / "adapter", save_embedding_layers=True)
+    return base, expected
+
+
+@pytest.mark.parametrize("case", WHOLE)
+def test_tables_of_another_length_that_peft_saved_in_full_are_read_merged_and_written(case, lora, tmp_path, caplog):
+    name, rows, whole = WHOLE[case]
+    ids = WITH_NEW.clamp(max=rows - 1)
+    base, expected = saved_by_peft_of_another_vocabulary(tmp_path, name, rows, whole)
+    adapter, ours = load_adapter(tmp_path / "adapter"), AutoModelForCausalLM.from_pretrained(base)
+
+    adapter.inject_into(ours)
+
+    assert relative_difference(logits(ours, ids)[..., :rows], expected) <= 2e-6
+    assert ("keep their rows" in caplog.text) == (rows < VOCABULARY)
+    save_adapter(adapter, tmp_path / "again", transposed=False)
+    theirs = AutoModelForCausalLM.from_pretrained(base)
+    theirs.resize_token_embeddings(max(rows, VOCABULARY), mean_resizing=False)
+    again = logits(PeftModel.from_pretrained(theirs, tmp_path / "again"), ids)
+    assert relative_difference(again, logits(ours, ids)) <= 2e-6
+    lora("merge", "--adapter", tmp_path / "adapter", "--base", base, "--out", tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert merged.config.vocab_size == max(rows, VOCABULARY)
+    assert relative_difference(logits(merged, ids), logits(ours, ids)) <= 2e-6
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+@pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`:UserWarning")
+def test_two_tables_do_not_fit_a_base_that_has_one_for_both(tmp_path):
+    base, _ = saved_by_peft_of_another_vocabulary(tmp_path, "llama-tied", VOCABULARY + 9, ["embed_tokens", "lm_head"])
+
+    with pytest.raises(
+        ModelError, match=r"has rows of lm_head and of model\.embed_tokens, and they are one table in this"
+    ):
+        load_adapter(tmp_path / "adapter").inject_into(AutoModelForCausalLM.from_pretrained(base))
+
+
 def test_the_rows_of_new_tokens_start_at_the_mean_of_the_known_ones_where_the_table_had_rows_to_spare():
     model, spare = bare("llama"), (300, 301)
     inject(model, config("llama", (7, *spare)), ["model.layers.0.self_attn.q_proj"])
