@@ -87,7 +87,8 @@ class ExportReport:
 def subject_of(order: Order) -> Subject:
     """The adapter as runtimes see it."""
     adapter = order.adapter
-    seen = Subject(adapter.config, tuple(adapter.layers), tuple(adapter.extras), kinds=adapter.kinds)
+    whole = [path for path in adapter.extras if path not in adapter.biases]
+    seen = Subject(adapter.config, tuple(adapter.layers), whole, kinds=adapter.kinds)
     if order.base is None:
         return seen
     base = skeleton(order.base.folder, head_of(adapter)).config

@@ -94,16 +94,29 @@ def _is_head(path: str) -> bool:
 # The kinds of models, by transformers' `model_type`, of which the tests hold the runtime's own answers against ours
 LLAMA_CPP_KINDS = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt2")
 MLX_KINDS = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3")
+# Of vLLM 0.33's own classes of models, those that take no adapters, and those that take none in an embedding or a head:
+# what `scripts/check_vllm.py` finds in its sources
+NOT_IN_VLLM = ("bloom", "cohere2_moe", "dbrx", "falcon", "falcon_mamba", "gemma3n_text", "gpt-sw3", "gpt2", "gptj", "hrm_text",
+               "mamba", "mamba2", "mimo_v2_flash", "stablelm", "zamba2")  # fmt: skip
+NO_TABLES_IN_VLLM = ("afmoe", "axk1", "deepseek_v2", "deepseek_v3", "ernie4_5_moe", "gemma", "gemma2", "gemma3_text",
+                     "gemma4_text", "glm4", "glm4_moe", "glm4_moe_lite", "gpt_oss", "hy_v3", "laguna", "longcat_flash",
+                     "minimax_m2", "ministral3", "mistral", "olmo_hybrid", "olmoe", "opt", "qwen2", "qwen2_moe", "qwen3_next")  # fmt: skip
 HEADS = ("classifier", "score")  # of classifiers: the only modules that vLLM loads whole
 VLLM_LARGEST, VLLM_DEFAULT = 512, 16  # ranks
 
 TRAITS: Mapping[str, Trait] = {
     "not_in_llama_cpp": Trait("a model of this kind", _other_than(*LLAMA_CPP_KINDS)),
     "not_in_mlx": Trait("a model of this kind", _other_than(*MLX_KINDS)),
+    "not_in_vllm": Trait("a model of this kind", lambda s: s.model_type in NOT_IN_VLLM),
+    "no_tables_in_vllm": Trait(
+        "an adapted embedding or head in a model of this kind",
+        lambda s: s.model_type in NO_TABLES_IN_VLLM and ("embedding" in s.kinds or any(map(_is_head, s.paths))),
+    ),
     "dora": Trait("DoRA", lambda s: s.config.use_dora),
     "whole": Trait("modules trained whole", lambda s: bool(s.whole)),
     "whole_heads": Trait("a classifier's head", lambda s: any(path.endswith(HEADS) for path in s.whole)),
     "whole_others": Trait("modules trained whole", lambda s: any(not path.endswith(HEADS) for path in s.whole)),
+    "biases": Trait("trained biases", lambda s: s.config.bias != LoRAConfig.bias),
     "rslora": Trait("rsLoRA", lambda s: s.config.use_rslora),
     "ranks": Trait("modules of different rank", lambda s: len(s.ranks) > 1),
     "scales": Trait("modules of different scale", lambda s: len(s.scales) > 1),
@@ -116,6 +129,7 @@ TRAITS: Mapping[str, Trait] = {
 }
 
 _DORA = Verdict("refused", "its update depends on the base's row norms, which the runtime does not compute", PLAIN)
+_BIASES = Verdict("refused", "an adapter's biases are not loaded", MERGE)
 _WHOLE = Verdict("refused", "an adapter's whole modules are not loaded", MERGE)
 _FOLDED = Verdict("converted", "the runtime knows one scale, alpha / r: the rest is folded into lora_B")
 _UNIFORM = Verdict("converted", "the runtime knows one rank and one scale: ranks are padded with zeros, scales folded")
@@ -126,6 +140,7 @@ _LLAMA_CPP = {
     "not_in_llama_cpp": Verdict("refused", f"its files are written for {', '.join(LLAMA_CPP_KINDS)}", CONVERT),
     "dora": _DORA,
     "whole": _WHOLE,
+    "biases": _BIASES,
     "rslora": Verdict("converted", "the loader computes alpha / r, and llama.cpp's own converter does not say otherwise: the scale is folded into lora_B"),
     "scales": Verdict("converted", "the loader has one alpha, and llama.cpp's own converter drops the others: scales are folded into lora_B"),
     "embedding": Verdict("refused", "adapted embeddings are not written yet", MERGE),
@@ -136,8 +151,11 @@ _LLAMA_CPP = {
 
 RUNTIMES: Mapping[str, Runtime] = {
     "vllm": Runtime("vLLM", {
+        "not_in_vllm": Verdict("refused", f"vLLM's classes of {', '.join(NOT_IN_VLLM)} take no adapters", MERGE),
+        "no_tables_in_vllm": Verdict("refused", f"vLLM takes adapted embeddings and heads in other kinds than {', '.join(NO_TABLES_IN_VLLM)}", MERGE),
         "dora": Verdict("refused", "vLLM does not load DoRA", PLAIN),
         "whole_others": Verdict("refused", "vLLM loads no whole modules but a classifier's head", MERGE),
+        "biases": _BIASES,
         "convolution": _CONVOLUTION,
         "rank_above_512": Verdict("refused", "vLLM's largest `--max-lora-rank` is 512", "`lora resize` it"),
         "rank_above_16": Verdict("flag", "vLLM takes ranks up to 16 unless told otherwise", "start it with `--max-lora-rank`"),
@@ -145,6 +163,7 @@ RUNTIMES: Mapping[str, Runtime] = {
     "sglang": Runtime("SGLang", {
         "dora": Verdict("refused", "SGLang does not apply DoRA's magnitudes", PLAIN),
         "whole": _WHOLE,
+        "biases": _BIASES,
         "rslora": Verdict("converted", "SGLang computes alpha / r whatever the config says: the scale is folded into lora_B"),
         "ranks": _UNIFORM,
         "scales": _UNIFORM,
@@ -157,6 +176,7 @@ RUNTIMES: Mapping[str, Runtime] = {
         "not_in_mlx": Verdict("refused", f"adapters are written for {', '.join(MLX_KINDS)}", CONVERT),
         "dora": Verdict("refused", "MLX's DoRA is not written yet", PLAIN),
         "whole": _WHOLE,
+        "biases": _BIASES,
         "rslora": _FOLDED,
         "ranks": _UNIFORM,
         "scales": _UNIFORM,

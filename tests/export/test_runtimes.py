@@ -141,6 +141,9 @@ def test_go_s_template_has_a_case_for_every_role():
 HAVING = {
     "not_in_llama_cpp": Subject(PLAIN, ["q_proj"], model_type="opt"),
     "not_in_mlx": Subject(PLAIN, ["q_proj"], model_type="gpt2"),
+    "not_in_vllm": Subject(PLAIN, ["c_attn"], model_type="gpt2"),
+    "no_tables_in_vllm": Subject(PLAIN, ["lm_head"], model_type="qwen2"),
+    "biases": Subject(LoRAConfig(r=8, lora_alpha=16, target_modules=(), bias="lora_only"), ["q_proj"]),
     "dora": Subject(LoRAConfig(r=8, lora_alpha=16, target_modules=(), use_dora=True), ["q_proj"]),
     "whole": Subject(PLAIN, ["q_proj"], whole=["embed_tokens"]),
     "whole_heads": Subject(PLAIN, ["q_proj"], whole=["score"]),
@@ -222,6 +225,14 @@ def test_check_for_a_runtime_fails_on_what_it_refuses_and_says_what_the_rest_nee
         "vLLM: start it with `--max-lora-rank`, for a rank above 16; "
         "SGLang: as `lora export --to sglang` writes it, for rsLoRA\n"
     ) in done.out
+
+
+def test_biases_are_told_before_training_too(lora, tmp_path, recipe):
+    told = lora(
+        "check", recipe(), "--set", f"model.base={tiny_base(tmp_path / 'opt', 'opt')}", "--set", "lora.bias=all"
+    )
+
+    assert "vLLM can't: trained biases; SGLang can't: trained biases; " in told.out
 
 
 def test_an_unknown_runtime_is_refused_with_those_there_are(lora, recipe):
