@@ -106,7 +106,7 @@ def _show_pairs(pairs: "tuple[Pair, ...]") -> None:
     for kind, group in _by_kind(pairs).items():
         corner = [pair.overlap[-1, -1].item() if pair.overlap.numel() else 0.0 for pair in group]
         first = [pair.overlap[0, 0].item() if pair.overlap.numel() else 0.0 for pair in group]
-        chance = [max(pair.overlap.shape) / pair.width for pair in group]
+        chance = [pair.by_chance[-1, -1].item() if pair.overlap.numel() else 0.0 for pair in group]
         means = (_mean(values) for values in ([p.relative for p in group], [p.cosine for p in group]))
         figures = [f"{value:.3f}" for value in (*means, _mean(first), _mean(corner), _mean(chance))]
         table.add_row(inert(kind), number(len(group)), *figures)
@@ -118,7 +118,7 @@ def _show_overlap(pairs: "tuple[Pair, ...]", side: str) -> None:
     from lora_cli.runs.heat_map import thinned
     from lora_cli.runs.inspect import mean_overlap
 
-    panel, (rows, columns) = thinned(mean_overlap(list(pairs)), MOST_SHOWN)
+    panel, (rows, columns) = thinned(mean_overlap([pair.overlap for pair in pairs]), MOST_SHOWN)
     if not panel.numel():
         show("\nφ(i, j): one of them changes nothing, and so has no directions")
         return
@@ -137,9 +137,14 @@ def _write_picture(file: Path, found: "Comparison", a: Path, b: Path, side: str)
     from lora_cli.runs.inspect import mean_overlap
 
     kinds = _by_kind(found.pairs)
-    panels: dict[str, Tensor] = {f"all {len(found.pairs)} modules": mean_overlap(list(found.pairs))}
+    panels: dict[str, Tensor] = {
+        f"all {len(found.pairs)} modules": mean_overlap([pair.overlap for pair in found.pairs]),
+        "random directions": mean_overlap([pair.by_chance for pair in found.pairs]),
+    }
     if len(kinds) > 1:
-        panels |= {kind: mean_overlap(group) for kind, group in list(kinds.items())[:MOST_PANELS]}
+        panels |= {
+            kind: mean_overlap([pair.overlap for pair in group]) for kind, group in list(kinds.items())[:MOST_PANELS]
+        }
     title = f"Overlap φ(i, j) of the {side} directions of A = {a.name} and B = {b.name}"
     with staged_file(file) as draft:
         draft.write_text(svg(panels, title=title, rows="A", columns="B"), encoding="utf-8")

@@ -149,7 +149,8 @@ class Adapter:
         return {path: abs(self.config.at(path).scale) * factors.norm() for path, factors in self.layers.items()}
 
     def inject_into(self, model: nn.Module) -> None:
-        """Put this adapter's layers into a model that has none. Raises ModelError for modules that don't fit.
+        """Put this adapter's layers into a model that has none. Raises ModelError for modules that don't fit, DivergedError
+        for a DoRA that does nothing there.
 
         Tables that lack rows for its tokens get them, and keep them when it is taken out again.
         """
@@ -170,6 +171,9 @@ class Adapter:
             lost = "; PEFT 0.10 to 0.14, and some around them, did not save these biases"
             fix = "copy or train the adapter again" + (lost if self.config.bias == LORA_ONLY else "")
             raise ModelError(Problem(what, fix=fix))
+        if self.config.use_dora and not self._moves(model):
+            remove(model)
+            raise DivergedError(_dead("every lora_B is zero, and every magnitude is the base's own row norm", ""))
         self.copy_into(model)
 
     def _check_tables(self, model: nn.Module) -> None:
@@ -183,6 +187,16 @@ class Adapter:
         if self.config.trainable_tokens == tuple(range(self.vocabulary)) and self.vocabulary < rows:
             text = "the adapter was trained with a vocabulary of %d, and the base's other %d tokens keep their rows"
             log.warning(text, self.vocabulary, rows - self.vocabulary)
+
+    def _moves(self, model: nn.Module) -> bool:
+        """Whether a DoRA does more than the base, in whose fresh layers it is about to be: at their start, magnitudes are
+        the base's row norms."""
+        if any(factors.act() for factors in self.layers.values()):
+            return True
+        return not all(
+            torch.allclose(self.layers[path].magnitude, gathered(layer.magnitude.detach()).cpu(), rtol=1e-6, atol=0)
+            for path, layer in lora_layers(model).items()
+        )
 
     def copy_into(self, model: nn.Module) -> None:
         """Copy the factors, and what is trained whole, into layers of the same paths and shapes that are in place."""
@@ -234,21 +248,16 @@ class Adapter:
     def check_alive(self, where: str = "") -> None:
         """Raise DivergedError when a value is not finite, or when B A is zero in every layer: LoRA changes nothing.
 
-        A start that was taken off again (PiSSA, OLoRA) counts for nothing. Of DoRA only finiteness can be known: with
+        A start that was taken off again (PiSSA, OLoRA) counts for nothing. Of DoRA only finiteness can be known here: with
         B A zero its magnitude may still have moved away from the base's row norms, which the adapter does not hold.
+        `inject_into` knows more.
         """
         self.check_finite(where)
         if self.config.use_dora or any(factors.act() for factors in self.layers.values()):
             return
         zero = "lora_B · lora_A" if any(f.B.any() for f in self.layers.values()) else "lora_B"
         alone = f" beside the modules trained whole ({', '.join(self.whole)})" if self.whole else ""
-        raise DivergedError(
-            Problem(
-                f"the adapter does nothing{alone}: every {zero} is zero",
-                where=where,
-                fix="check that the run trained for a step and that its learning rate is above 0",
-            )
-        )
+        raise DivergedError(_dead(f"every {zero} is zero", where, alone))
 
     def check_base(
         self, found: Fingerprint, where: Path, *, allow: bool = False, fix: str = GIVE_ITS_BASE
@@ -338,6 +347,11 @@ class Adapter:
                 fix="copy or train the adapter again",
             )
         ]
+
+
+def _dead(why: str, where: str, alone: str = "") -> Problem:
+    fix = "check that the run trained for a step and that its learning rate is above 0"
+    return Problem(f"the adapter does nothing{alone}: {why}", where=where, fix=fix)
 
 
 def form_of(weight: Weight) -> Form | None:

@@ -91,7 +91,7 @@ def compose(
     how = how or How()
     _refuse_other_tasks(terms)
     counted = [term for term in terms if term.weight]
-    if _stand_apart(counted, how):
+    if own is no_weight and _stand_apart(counted, how):
         return _side_by_side(counted, read)
     beside = sum_beside(counted, read)
     whole = [opened(term.adapter, own) for term in counted]

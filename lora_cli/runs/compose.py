@@ -58,7 +58,7 @@ def compose_folders(
         differences += _check_is_base(base, terms, allow=allow_base_mismatch)
         read, own = _reader(base, terms), weights_of_base(base.folder, [term.adapter for term in terms])
     adapter, fits = compose(terms, how, read=read, own=own, each=progress)
-    _check_acts(adapter, fits)
+    _check_acts(adapter, fits, known=base is not None)
     adapter = replace(adapter, tokenizer=next((t.adapter.tokenizer for t in terms if t.adapter.tokenizer), None))
     settings = {"method": how.method, "r": how.r, "allow_base_mismatch": differences}
     if how.kept:
@@ -149,9 +149,13 @@ def _check_one_tokenizer(terms: Sequence[Term], *, allow: bool) -> None:
             log.warning("%s and %s were trained with another %s", first.name, other.name, " and ".join(differences))
 
 
-def _check_acts(adapter: Adapter, fits: Fits) -> None:
-    moves = any(fit.norm for fit in fits.values())  # a DoRA by its gains, too
-    if not (moves if adapter.config.use_dora else any(factors.act() for factors in adapter.layers.values())):
+def _check_acts(adapter: Adapter, fits: Fits, *, known: bool) -> None:
+    """Raise DivergedError where nothing is left; what a DoRA's magnitudes do is `known` beside the base alone."""
+    if adapter.config.use_dora:
+        acts = not known or any(fit.norm for fit in fits.values())
+    else:
+        acts = any(factors.act() for factors in adapter.layers.values())
+    if not acts:
         raise DivergedError(
             Problem("with these weights the adapters cancel: the sum does nothing", fix="give other `--weights`")
         )

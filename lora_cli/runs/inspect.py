@@ -115,6 +115,12 @@ class Pair:
     overlap: Tensor  # [r_A, r_B]
     width: int  # of the space in which the directions lie
 
+    @property
+    def by_chance(self) -> Tensor:
+        """[r_A, r_B]: φ of random directions, in the mean: what the smaller of two spaces has of the larger one's share."""
+        i, j = (torch.arange(1, n + 1, dtype=torch.float64) for n in self.overlap.shape)
+        return torch.maximum(i.unsqueeze(1), j.unsqueeze(0)) / self.width
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -182,13 +188,13 @@ def compare_adapters(first: Path, second: Path, side: Side = "input") -> Compari
     )
 
 
-def mean_overlap(pairs: list[Pair]) -> Tensor:
+def mean_overlap(overlaps: list[Tensor]) -> Tensor:
     """[r_A, r_B]: φ averaged over the modules that have so many directions."""
-    rows, columns = (max((pair.overlap.shape[side] for pair in pairs), default=0) for side in (0, 1))
+    rows, columns = (max((each.shape[side] for each in overlaps), default=0) for side in (0, 1))
     total, count = (torch.zeros(rows, columns, dtype=torch.float64) for _ in range(2))
-    for pair in pairs:
-        i, j = pair.overlap.shape
-        total[:i, :j] += pair.overlap
+    for each in overlaps:
+        i, j = each.shape
+        total[:i, :j] += each
         count[:i, :j] += 1
     return total / count.clamp(min=1)
 
@@ -219,9 +225,14 @@ def _measured(adapter: Adapter, path: str, W: Tensor | None, find_intruders: boo
         effective_rank=effective_rank(found.S),
         energy_rank=found.rank_of_energy(ENERGY),
         intruders=intruders(W, update) if find_intruders and W is not None else None,
-        dead=not factors.act(),
+        dead=not factors.act() if factors.magnitude is None else update is not None and norm <= _rounding(W),
         singular_values=tuple(found.S.tolist()),
     )
+
+
+def _rounding(W: Tensor) -> float:
+    """What float32 may be off beside W, all in all."""
+    return torch.finfo(torch.float32).eps * float(W.norm())
 
 
 def no_parameter(name: str) -> Tensor | None:

@@ -527,7 +527,8 @@ def test_diff_draws_the_overlap(lora, pair, tmp_path):
     assert re.search(r"^ +1 +[ ░▒▓█]", text, re.MULTILINE)
     drawn = ElementTree.parse(tmp_path / "overlap.svg").getroot()
     cells = list(drawn.iter("{http://www.w3.org/2000/svg}title"))
-    assert len(cells) == 4 * 7  # A has up to 4 directions, B has 7
+    assert len(cells) == 2 * 4 * 7  # A has up to 4 directions, B has 7: theirs, and those of random ones
+    assert cells[-1].text == f"φ(i=4, j=7) = {7 / 32:.3f}"
     assert "the output exists already" in lora("diff", a, b, "--picture", tmp_path / "overlap.svg", code=5).err
     lora("diff", a, b, "--picture", tmp_path / "new" / "overlap.svg")
     assert (tmp_path / "new" / "overlap.svg").is_file()

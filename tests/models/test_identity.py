@@ -2,6 +2,7 @@
 
 import logging
 import re
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny import byte_tokenizer, swapped_tokenizer, tiny_base
 
 from lora_cli.errors import ModelError
+from lora_cli.lora.adapter import Factors
 from lora_cli.lora.base_files import read_metadata
 from lora_cli.lora.identity import TokenizerFingerprint
 from lora_cli.lora.peft_format import load_adapter, save_adapter
@@ -203,6 +205,26 @@ def test_every_command_refuses_an_adapter_that_is_damaged(damage, command, lora,
     done = lora(*COMMANDS[command](tmp_path), tmp_path / "out", "--base", base, code=code)
 
     assert said in done.err
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("command", ["eval", "generate", "merge", "inspect", "compose", "export --to merged"])
+def test_a_dead_dora_is_known_beside_its_base(command, lora, base, adapter, tmp_path):
+    """Every B zero, and every magnitude the base's own; one that has moved does something."""
+    dora = random_adapter(base, "q", use_dora=True)
+    tensors = load_file(base / "model.safetensors")
+    norms = {path: tensors[f"{path}.weight"].norm(dim=1) for path in dora.layers}
+    for name, factor in (("dead", 1.0), ("alive", 1.01)):
+        layers = {path: Factors(f.A, torch.zeros_like(f.B), factor * norms[path]) for path, f in dora.layers.items()}
+        save_adapter(replace(dora, layers=layers), tmp_path / name)
+
+    alive = lora(*COMMANDS[command](tmp_path), tmp_path / "alive", "--base", base)
+    shutil.rmtree(tmp_path / "made", ignore_errors=True)
+    dead = lora(*COMMANDS[command](tmp_path), tmp_path / "dead", "--base", base, code=0 if command in LOOKING else 6)
+
+    said = {"inspect": "2 modules change nothing", "compose": "the sum does nothing"}
+    assert said.get(command, "the adapter does nothing: every lora_B is zero") in dead.out + dead.err
+    assert " nothing" not in alive.out + alive.err
     assert not (tmp_path / "made").exists()
 
 
