@@ -123,11 +123,11 @@ def updates(file: Path) -> Mapping[str, object]:
     read = GGUFReader(file)
     alpha = read.fields["adapter.lora.alpha"].contents()
     tensors = {tensor.name: tensor.data for tensor in read.tensors}
-    names = {name.removesuffix(".lora_a") for name in tensors if name.endswith(".lora_a")}
-    return {
-        name: alpha / tensors[f"{name}.lora_a"].shape[0] * tensors[f"{name}.lora_b"] @ tensors[f"{name}.lora_a"]
-        for name in names
-    }
+    found = {}
+    for name in (name.removesuffix(".lora_a") for name in tensors if name.endswith(".lora_a")):
+        A, B = tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"]
+        found[name] = alpha / B.shape[1] * B @ (A.T if name == "token_embd.weight" else A)
+    return found
 
 
 if __name__ == "__main__":

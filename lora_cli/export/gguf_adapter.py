@@ -3,7 +3,8 @@
     blk.3.attn_q.weight.lora_a  [r, in]      blk.3.attn_q.weight.lora_b  [out, r]      adapter.lora.alpha
 
 The loader computes alpha / r · B A, with the file's one alpha and each module's own rank: whatever else scales a module
-(rsLoRA, alpha_pattern) is folded into its B. Only B has rows of the output, so only B is put in llama.cpp's order.
+(rsLoRA, alpha_pattern) is folded into its B. Only B has rows of the output, so only B is put in llama.cpp's order. Of the
+embedding, `lora_a` is looked up in as the table itself is: it stands there as [tokens, r].
 """
 
 from pathlib import Path
@@ -26,10 +27,12 @@ from lora_cli.export.order import ExportReport, Order, accepted, proved
 from lora_cli.export.staging import staged_file
 from lora_cli.lora.adapter import Adapter, Factors
 from lora_cli.lora.portable import at_scale_one, folded
+from lora_cli.lora.weights import EMBEDDING
 from lora_cli.models.load import skeleton
 
 FILE = "adapter.gguf"
 ALPHA = "adapter.lora.alpha"
+TABLE = "token_embd.weight"
 
 
 def export_gguf_adapter(order: Order, progress=None) -> ExportReport:
@@ -66,7 +69,8 @@ def write_adapter_file(adapter: Adapter, base: Path, file: Path) -> None:
     for path, name in names.items():
         factors = folded(adapter, path)
         B = in_pairs(factors.B, paired_heads(config, base, path))
-        writer.add_tensor(f"{name}.lora_a", factors.A.contiguous().numpy())
+        A = factors.A.T if name == TABLE else factors.A
+        writer.add_tensor(f"{name}.lora_a", A.contiguous().numpy())
         writer.add_tensor(f"{name}.lora_b", B.contiguous().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -83,7 +87,7 @@ def read_adapter_file(file: Path, adapter: Adapter, base: Path) -> Adapter:
     for path, name in _names(adapter, base).items():
         A, B = tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"]
         B = in_halves(B, paired_heads(config, base, path))
-        layers[path] = Factors(A, alpha / B.shape[1] * B)
+        layers[path] = Factors(A.T if name == TABLE else A, alpha / B.shape[1] * B)
     return at_scale_one(adapter, layers)
 
 
@@ -91,7 +95,8 @@ def _names(adapter: Adapter, base: Path) -> dict[str, str]:
     """llama.cpp's name of each module's weight, by the module's path."""
     name_of = tensor_names(skeleton(base).config, base)
     found = {path: name_of(path) for path in adapter.layers}
-    if lost := [path for path, name in found.items() if name is None]:
-        what = f"llama.cpp has no tensor of its own for {lost[0]}"
+    tables = {path for path, form in adapter.forms.items() if form.kind == EMBEDDING}
+    if lost := [path for path, name in found.items() if name is None or (path in tables and f"{name}.weight" != TABLE)]:
+        what = f"llama.cpp has no tensor for {lost[0]} that it would look for an adapter of"
         raise ModelError(Problem(what, where=str(base), fix="`lora merge` it, and serve the merged model"))
     return {path: f"{name}.weight" for path, name in found.items()}

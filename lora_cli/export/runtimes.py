@@ -101,6 +101,7 @@ NOT_IN_VLLM = ("bloom", "cohere2_moe", "dbrx", "falcon", "falcon_mamba", "gemma3
 NO_TABLES_IN_VLLM = ("afmoe", "axk1", "deepseek_v2", "deepseek_v3", "ernie4_5_moe", "gemma", "gemma2", "gemma3_text",
                      "gemma4_text", "glm4", "glm4_moe", "glm4_moe_lite", "gpt_oss", "hy_v3", "laguna", "longcat_flash",
                      "minimax_m2", "ministral3", "mistral", "olmo_hybrid", "olmoe", "opt", "qwen2", "qwen2_moe", "qwen3_next")  # fmt: skip
+POSITIONS = ("wpe", "embed_positions", "position_embeddings")
 HEADS = ("classifier", "score")  # of classifiers: the only modules that vLLM loads whole
 VLLM_LARGEST, VLLM_DEFAULT = 512, 16  # ranks
 
@@ -122,6 +123,10 @@ TRAITS: Mapping[str, Trait] = {
     "scales": Trait("modules of different scale", lambda s: len(s.scales) > 1),
     "rank_above_16": Trait("a rank above 16", lambda s: max(s.ranks, default=0) > VLLM_DEFAULT),
     "rank_above_512": Trait("a rank above 512", lambda s: max(s.ranks, default=0) > VLLM_LARGEST),
+    "tied_embedding": Trait("an adapted embedding that the head shares", lambda s: s.tied and "embedding" in s.kinds),
+    "positions": Trait(
+        "adapted positions", lambda s: "embedding" in s.kinds and any(p.endswith(POSITIONS) for p in s.paths)
+    ),
     "embedding": Trait("an adapted embedding", lambda s: "embedding" in s.kinds),
     "convolution": Trait("an adapted convolution", lambda s: "convolution" in s.kinds),
     "experts": Trait("adapted experts", lambda s: "experts" in s.kinds),
@@ -143,7 +148,8 @@ _LLAMA_CPP = {
     "biases": _BIASES,
     "rslora": Verdict("converted", "the loader computes alpha / r, and llama.cpp's own converter does not say otherwise: the scale is folded into lora_B"),
     "scales": Verdict("converted", "the loader has one alpha, and llama.cpp's own converter drops the others: scales are folded into lora_B"),
-    "embedding": Verdict("refused", "adapted embeddings are not written yet", MERGE),
+    "tied_embedding": Verdict("refused", "llama.cpp would put what is the embedding's on the head too", MERGE),
+    "positions": Verdict("refused", "llama.cpp looks for an adapter of the tokens' table alone", MERGE),
     "convolution": _CONVOLUTION,
     "tied_head": Verdict("refused", "a GGUF file has no tensor of its own for a tied head", MERGE),
     "experts": Verdict("refused", "adapted experts are not written yet", MERGE),
@@ -171,7 +177,9 @@ RUNTIMES: Mapping[str, Runtime] = {
         "experts": Verdict("refused", "whether SGLang loads adapted experts is not proved here", MERGE),
     }),
     "gguf-adapter": Runtime("llama.cpp", _LLAMA_CPP),
-    "ollama": Runtime("Ollama", _LLAMA_CPP),
+    "ollama": Runtime("Ollama", _LLAMA_CPP | {
+        "embedding": Verdict("refused", "whether Ollama loads an adapted embedding is not proved here", MERGE),
+    }),
     "mlx": Runtime("MLX", {
         "not_in_mlx": Verdict("refused", f"adapters are written for {', '.join(MLX_KINDS)}", CONVERT),
         "dora": Verdict("refused", "MLX's DoRA is not written yet", PLAIN),

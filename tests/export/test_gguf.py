@@ -70,6 +70,19 @@ def test_llama_cpp_answers_with_either_file_as_base_and_adapter_do(lora, tmp_pat
     assert whole["proof"]["largest_logit_difference"] < 1e-4
 
 
+def test_llama_cpp_looks_up_an_adapted_embedding_and_multiplies_by_an_adapted_head(lora, tmp_path):
+    base = base_of(tmp_path / "tiny", "llama")
+    out = write_random(tmp_path / "out", base, ["embed_tokens", "lm_head", "v_proj"], **TWISTS | {"size": 0.02})
+    expected = expected_log_probs(logits_of(base, load_adapter(out), ROWS))
+    without = expected_log_probs(logits_of(base, None, ROWS))
+    assert max(float((one - other).abs().max()) for one, other in zip(expected, without, strict=True)) > 0.1
+    write_model_file(base, tmp_path / "base.gguf", "float32", base=Base("tiny", base))
+
+    lora("export", "--adapter", out, "--to", "gguf-adapter", "--out", tmp_path / "a.gguf")
+
+    assert worst(log_probs(tmp_path / "base.gguf", tmp_path / "a.gguf", ROWS), expected) < AGREE
+
+
 def test_a_plain_adapter_is_written_bit_for_bit_but_for_the_order_of_rows(lora, tmp_path):
     base = tiny_base(tmp_path / "tiny", "qwen2")
     out = write_random(tmp_path / "out", base, "qv", rank_pattern={"v_proj": 2}, alpha_pattern={"v_proj": 4})
@@ -126,6 +139,18 @@ def test_llama_cpp_reads_text_as_the_tokenizer_does(tmp_path):
         ("gguf-adapter", "opt", {}, "llama.cpp: a model of this kind: its files are written for llama, mistral,"),
         ("gguf-adapter", "llama", {"use_dora": True}, "llama.cpp: DoRA: its update depends on the base's row norms"),
         ("gguf-adapter", "llama-tied", {"targets": ["q_proj", "lm_head"]}, "llama.cpp: an adapted head that is tied"),
+        (
+            "gguf-adapter",
+            "llama-tied",
+            {"targets": ["embed_tokens"]},
+            "llama.cpp: an adapted embedding that the head shares",
+        ),
+        (
+            "gguf-adapter",
+            "gpt2",
+            {"targets": ["wpe"]},
+            "llama.cpp: adapted positions: llama.cpp looks for an adapter of",
+        ),
     ],
 )
 def test_what_a_file_can_not_hold_is_refused_with_a_way_out(lora, tmp_path, to, name, settings, said):

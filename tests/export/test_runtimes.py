@@ -153,6 +153,8 @@ HAVING = {
     "scales": Subject(LoRAConfig(r=8, lora_alpha=16, target_modules=(), alpha_pattern={"k": 4}), ["q", "k"]),
     "rank_above_16": Subject(LoRAConfig(r=17, lora_alpha=16, target_modules=()), ["q_proj"]),
     "rank_above_512": Subject(LoRAConfig(r=513, lora_alpha=16, target_modules=()), ["q_proj"]),
+    "tied_embedding": Subject(PLAIN, ["model.embed_tokens"], kinds=[EMBEDDING], tied=True),
+    "positions": Subject(PLAIN, ["transformer.wpe"], kinds=[EMBEDDING]),
     "embedding": Subject(PLAIN, ["model.embed_tokens"], kinds=[EMBEDDING]),
     "convolution": Subject(PLAIN, ["conv1"], kinds=[LINEAR, CONVOLUTION]),
     "experts": Subject(PLAIN, ["model.layers.0.mlp.experts.gate_up_proj[0]"], kinds=[EXPERTS]),
