@@ -721,6 +721,49 @@ MUTANTS = (
         "    code = 1\n",
         "cli/test_commands.py::test_an_adapter_that_does_nothing_is_exit_6",
     ),
+    # Adapters as values, and whose base they are of
+    Mutant(
+        "a sum of DoRAs forgets what each does to the rows",
+        "lora/gains.py",
+        "layers[path] = Factors(factors.A, (gains[path].unsqueeze(1) * factors.B.double()).float())",
+        "layers[path] = Factors(factors.A, factors.B)",
+        "lora/test_algebra.py::test_doras_and_plain_adapters_on_the_same_modules_are_added_exactly",
+    ),
+    Mutant(
+        "the gains of weighted DoRAs are added without their weights",
+        "lora/algebra.py",
+        "found[path] = found.get(path, 1.0) + term.weight * (gain - 1)",
+        "found[path] = found.get(path, 1.0) + (gain - 1)",
+        "lora/test_algebra.py::test_doras_and_plain_adapters_on_the_same_modules_are_added_exactly",
+    ),
+    Mutant(
+        "a kind of module is left out of the base's fingerprint",
+        "lora/base_files.py",
+        "taken = (kind[n * len(kind) // each] for kind in kinds.values() for n in range(each))",
+        "taken = (kind[n * len(kind) // each] for kind in [*kinds.values()][:-1] for n in range(each))",
+        "lora/test_base_files.py::test_every_kind_of_tensor_is_sampled_over_the_whole_depth",
+    ),
+    Mutant(
+        "an export looks at no base",
+        "export/table.py",
+        "differences = on_its_base(order)",
+        "differences = ()",
+        "models/test_identity.py::test_every_command_refuses_another_base_of_the_same_shape_and_names_its_tensors",
+    ),
+    Mutant(
+        "ranks are suggested without the alpha that keeps their scale",
+        "runs/inspect.py",
+        'return float(f"{config.scale * (sqrt(r) if config.use_rslora else r):.6g}")',
+        "return config.lora_alpha",
+        "cli/test_adapter_commands.py::test_the_suggested_ranks_can_be_pasted_into_a_recipe_and_keep_what_they_say",
+    ),
+    Mutant(
+        "an extracted adapter lacks the biases it speaks of",
+        "export/extract_beside.py",
+        'extras[path] = {"bias": _of_one_shape(before, f"{path}.bias", theirs)}',
+        'extras[path] = {"bias": _of_one_shape(before, f"{path}.bias", own)}',
+        "export/test_extract.py::test_an_adapter_that_holds_all_that_changed_is_the_tuned_model",
+    ),
 )
 
 

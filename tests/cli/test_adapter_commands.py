@@ -372,6 +372,24 @@ def test_inspect_finds_the_directions_that_the_base_does_not_have(lora, tmp_path
     assert (loud, quiet) == (3, 0)
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_intruders_are_counted_as_the_papers_algorithm_counts_them(lora, bases, tmp_path, name):
+    """Shuttleworth et al. 2024, algorithm 1, by plain decompositions of both weights."""
+    a = write_random(tmp_path / "a", bases[name], size=0.004)
+
+    found = lora("inspect", a, "--base", bases[name], "--intruders", "--json").json["modules"]
+
+    model, counts = load(bases[name]), []
+    for module, update in zip(found, updates(load_adapter(a)).values(), strict=True):
+        W = model.get_submodule(module["path"]).weight.detach().double()
+        W = W.T if name == "gpt2" else W
+        before, after = (torch.linalg.svd(M, full_matrices=False).U for M in (W, W + update))
+        cosines = (before.T @ after[:, :10]).abs().amax(0)
+        counts.append(int((cosines < 0.5).sum()))
+    assert [module["intruders"] for module in found] == counts
+    assert 0 < sum(counts) < 10 * len(counts)
+
+
 def test_inspect_names_dead_modules_and_the_ranks_that_would_do(lora, pair, tmp_path):
     _, a, _ = pair()
     file = a / "adapter_model.safetensors"

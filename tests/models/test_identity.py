@@ -111,6 +111,7 @@ COMMANDS = {
     "merge": lambda tmp_path: ["merge", "--out", tmp_path / "made", "--adapter"],
     "inspect": lambda tmp_path: ["inspect"],
     "compose": lambda tmp_path: ["compose", "--out", tmp_path / "made"],
+    "resize": lambda tmp_path: ["resize", "--r", 2, "--out", tmp_path / "made"],
 } | {
     f"export --to {to}": lambda tmp_path, to=to: ["export", "--to", to, "--out", tmp_path / "made", "--adapter"]
     for to in ("peft", "merged", "gguf-adapter", "ollama", "mlx", "vllm", "sglang")
