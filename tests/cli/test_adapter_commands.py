@@ -600,6 +600,8 @@ def bend(folder, change) -> None:
 
 BENT = {
     "compiled": lambda name: name.replace("layers.", "_orig_mod.layers."),
+    "fsdp": lambda name: name.replace("self_attn.", "_fsdp_wrapped_module.self_attn."),
+    "recomputed": lambda name: name.replace("mlp.", "_checkpoint_wrapped_module.mlp."),
     "ddp": lambda name: "module." + name,
     "no prefix": lambda name: name.removeprefix("base_model.model."),
     "adapter's name": lambda name: name.replace("lora_A.", "lora_A.default."),
