@@ -1,6 +1,6 @@
 """An adapter as mlx-lm reads it: `adapters.safetensors` and an `adapter_config.json` of its own.
 
-    model.layers.3.self_attn.q_proj.lora_a  [in, r] = Aᵀ      ….lora_b  [r, out] = Bᵀ
+    model.layers.3.self_attn.q_proj.lora_a  [in, r] = Aᵀ      ….lora_b  [r, out] = Bᵀ      ….m  [out], with DoRA
 
 It knows one rank and one scale for all modules. Names that a model lacks it passes over in silence, so that only those
 architectures are written whose modules it calls as transformers does.
@@ -8,6 +8,7 @@ architectures are written whose modules it calls as transformers does.
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from safetensors.torch import load_file, save
@@ -49,18 +50,25 @@ def read_mlx(folder: Path, adapter: Adapter) -> Adapter:
     """What a folder says, computed as mlx-lm does: scale · (x lora_a) lora_b, as an adapter of scale 1."""
     scale = json.loads((folder / CONFIG).read_text())["lora_parameters"]["scale"]
     found = load_file(folder / WEIGHTS)
-    layers = {path: Factors(found[f"{path}.lora_a"].T, scale * found[f"{path}.lora_b"].T) for path in adapter.layers}
-    return at_scale_one(adapter, layers)
+    layers = {
+        path: Factors(found[f"{path}.lora_a"].T, scale * found[f"{path}.lora_b"].T, found.get(f"{path}.m"))
+        for path in adapter.layers
+    }
+    read = at_scale_one(adapter, layers)
+    return replace(read, config=replace(read.config, use_dora=adapter.config.use_dora))
 
 
 def _write(adapter: Adapter, folder: Path, *, blocks: int, base: str) -> None:
-    """Every block gets layers of all keys; where the adapter has none, they start at zero and stay there."""
+    """Every block gets layers of all keys; where the adapter has none, they start as the base, and stay there."""
     keys = sorted({BLOCK.sub("", path) for path in adapter.layers})
     parameters = {"rank": adapter.config.r, "scale": adapter.config.scale, "dropout": 0.0, "keys": keys}
-    config = {"model": base, "fine_tune_type": "lora", "num_layers": blocks, "lora_parameters": parameters}
+    kind = "dora" if adapter.config.use_dora else "lora"
+    config = {"model": base, "fine_tune_type": kind, "num_layers": blocks, "lora_parameters": parameters}
     tensors = {}
     for path, factors in adapter.layers.items():
         tensors[f"{path}.lora_a"] = factors.A.T.contiguous()
         tensors[f"{path}.lora_b"] = factors.B.T.contiguous()
+        if factors.magnitude is not None:
+            tensors[f"{path}.m"] = factors.magnitude
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     (folder / WEIGHTS).write_bytes(save(tensors, {"format": "mlx"}))

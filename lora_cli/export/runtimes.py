@@ -127,6 +127,7 @@ TRAITS: Mapping[str, Trait] = {
     "positions": Trait(
         "adapted positions", lambda s: "embedding" in s.kinds and any(p.endswith(POSITIONS) for p in s.paths)
     ),
+    "dora_of_embedding": Trait("DoRA of an embedding", lambda s: s.config.use_dora and "embedding" in s.kinds),
     "embedding": Trait("an adapted embedding", lambda s: "embedding" in s.kinds),
     "convolution": Trait("an adapted convolution", lambda s: "convolution" in s.kinds),
     "experts": Trait("adapted experts", lambda s: "experts" in s.kinds),
@@ -182,13 +183,13 @@ RUNTIMES: Mapping[str, Runtime] = {
     }),
     "mlx": Runtime("MLX", {
         "not_in_mlx": Verdict("refused", f"adapters are written for {', '.join(MLX_KINDS)}", CONVERT),
-        "dora": Verdict("refused", "MLX's DoRA is not written yet", PLAIN),
+        "dora_of_embedding": Verdict("refused", "the magnitudes of MLX's are another's: one for each token", PLAIN),
         "whole": _WHOLE,
         "biases": _BIASES,
         "rslora": _FOLDED,
         "ranks": _UNIFORM,
         "scales": _UNIFORM,
-        "embedding": Verdict("refused", "adapted embeddings are not written yet", MERGE),
+        "tied_embedding": Verdict("refused", "MLX would put what is the embedding's on the head too", MERGE),
         "convolution": _CONVOLUTION,
         "experts": Verdict("refused", "adapted experts are not written yet", MERGE),
     }),

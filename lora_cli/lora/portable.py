@@ -26,9 +26,8 @@ def folded(adapter: Adapter, path: str) -> Factors:
 def uniform(adapter: Adapter) -> Adapter:
     """The adapter with one rank, the largest there is, and one alpha: without rsLoRA, without patterns.
 
-    Lower ranks are padded with zeros. Raises ModelError for DoRA.
+    Lower ranks are padded with zeros. DoRA's magnitudes stay: they belong to W + ΔW, which is the same.
     """
-    refuse_dora(adapter)
     config = adapter.config
     r = max(len(factors.A) for factors in adapter.layers.values())
     plain = replace(config, r=r, use_rslora=False, rank_pattern={}, alpha_pattern={})
@@ -55,6 +54,10 @@ def difference(adapter: Adapter, other: Adapter) -> float:
 
 def _distance(adapter: Adapter, other: Adapter, path: str) -> float:
     one, two = (_scaled(each.layers[path], each.config.at(path).scale) for each in (adapter, other))
+    if (one.magnitude is None) != (two.magnitude is None):
+        return float("inf")
+    if one.magnitude is not None and not torch.equal(one.magnitude, two.magnitude):
+        return float((one.magnitude - two.magnitude).norm() / one.magnitude.norm())
     if torch.equal(one.A, two.A) and torch.equal(one.B, two.B):
         return 0.0
     apart = Factors(torch.cat([one.A, two.A]), torch.cat([one.B, -two.B], dim=1))
@@ -68,4 +71,6 @@ def _scaled(factors: Factors, by: float) -> Factors:
 
 def _padded(factors: Factors, r: int) -> Factors:
     missing = r - len(factors.A)
-    return factors if not missing else Factors(F.pad(factors.A, (0, 0, 0, missing)), F.pad(factors.B, (0, missing)))
+    if not missing:
+        return factors
+    return replace(factors, A=F.pad(factors.A, (0, 0, 0, missing)), B=F.pad(factors.B, (0, missing)))

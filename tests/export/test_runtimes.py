@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -155,6 +156,7 @@ HAVING = {
     "rank_above_512": Subject(LoRAConfig(r=513, lora_alpha=16, target_modules=()), ["q_proj"]),
     "tied_embedding": Subject(PLAIN, ["model.embed_tokens"], kinds=[EMBEDDING], tied=True),
     "positions": Subject(PLAIN, ["transformer.wpe"], kinds=[EMBEDDING]),
+    "dora_of_embedding": Subject(replace(PLAIN, use_dora=True), ["model.embed_tokens"], kinds=[EMBEDDING]),
     "embedding": Subject(PLAIN, ["model.embed_tokens"], kinds=[EMBEDDING]),
     "convolution": Subject(PLAIN, ["conv1"], kinds=[LINEAR, CONVOLUTION]),
     "experts": Subject(PLAIN, ["model.layers.0.mlp.experts.gate_up_proj[0]"], kinds=[EXPERTS]),
@@ -179,7 +181,9 @@ def test_a_plain_adapter_is_taken_by_every_runtime_as_it_is_and_what_is_refused_
     assert all(verdict.fix for verdict in verdicts.values() if verdict.outcome != "converted")
 
 
-@pytest.mark.parametrize(("to", "said"), [("vllm", "vLLM: DoRA: vLLM does not load DoRA"), ("mlx", "MLX: DoRA: ")])
+@pytest.mark.parametrize(
+    ("to", "said"), [("vllm", "vLLM: DoRA: vLLM does not load DoRA"), ("sglang", "SGLang: DoRA: ")]
+)
 def test_what_a_runtime_can_not_serve_is_refused_before_anything_is_written(lora, base, tmp_path, to, said):
     out = write_random(tmp_path / "out", base, use_dora=True)
 
@@ -211,7 +215,8 @@ def test_check_says_before_training_which_runtimes_can_serve_the_adapter(lora, r
     assert "ok    runtimes    vLLM, SGLang, llama.cpp, Ollama, MLX can serve the adapter\n" in found
     found = lora("check", recipe(use_dora=True)).out
     assert (
-        "ok    runtimes    vLLM can't: DoRA; SGLang can't: DoRA; llama.cpp can't: DoRA; Ollama can't: DoRA; " in found
+        "ok    runtimes    MLX can serve the adapter; vLLM can't: DoRA; SGLang can't: DoRA; llama.cpp can't: DoRA; "
+        in found
     )
 
 
