@@ -235,9 +235,8 @@ def changes_of(places: Iterable[Place], edit: Callable[..., Tensor]) -> dict[str
 def _changes(beside: Others, adapter: Adapter, tally: Tally) -> dict[str, tuple[Change, ...]]:
     """What becomes of the tensors that no LoRA layer changes."""
     extras = _extras(adapter)
-    replaced = {}
-    for name, place in beside.placed.items():
-        replaced |= changes_of([place], partial(_replaced, exact=extras[name], tally=tally))
+    exact = {place.updated: extras[name] for name, place in beside.placed.items()}
+    replaced = changes_of(beside.placed.values(), partial(_replaced, exact=exact, tally=tally))
     moved = {file: (Change(name),) for file, name in beside.renamed.items()}
     return moved | dict.fromkeys(beside.left_out, ()) | replaced
 
@@ -284,10 +283,13 @@ def _with_rows(
     return new
 
 
-def _replaced(W: Tensor, dtype: torch.dtype, *, parts: Sequence[Place], exact: Tensor, tally: Tally) -> Tensor:
+def _replaced(
+    W: Tensor, dtype: torch.dtype, *, parts: Sequence[Place], exact: Mapping[str, Tensor], tally: Tally
+) -> Tensor:
+    new = exact[parts[0].updated]
     for rows in row_blocks(W):
-        tally.add(W[rows], exact[rows], dtype)
-    return exact.to(dtype)
+        tally.add(W[rows], new[rows], dtype)
+    return new.to(dtype)
 
 
 def _changed(adapter: Adapter, base: Path, draft: Path, tables: Iterable[Table]) -> dict[str, object]:

@@ -69,17 +69,18 @@ def check_whole(model: nn.Module, paths: Sequence[str]) -> None:
         if any(is_quantised(inner) for inner in module.modules()):
             what = f"{path} is quantised, and whole numbers can't be trained"
             problems.append(Problem(what, fix="take it out of `lora.modules_to_save`, or set `model.quantize: none`"))
-        elif partner := _shares_with(model, path):
+        elif partner := _shares_with(model, path, paths):
             what = f"{path} is tied to {partner}: one weight, of which a copy would be trained and the other stay"
-            fix = f"take {path} out of `lora.modules_to_save`, or choose a base whose head has a weight of its own"
+            fix = f"name {partner} in `lora.modules_to_save` too, and each is trained for itself; or take {path} out"
             problems.append(Problem(what, fix=fix))
     if problems:
         raise ModelError(*problems)
 
 
-def _shares_with(model: nn.Module, path: str) -> str | None:
-    """The module outside of the one at `path` that has a parameter of it too."""
+def _shares_with(model: nn.Module, path: str, trained: Sequence[str]) -> str | None:
+    """The module outside of the one at `path` that has a parameter of it too, and is not trained whole itself."""
     own = {id(parameter) for parameter in model.get_submodule(path).parameters()}
     everywhere = model.named_parameters(remove_duplicate=False)
-    outside = (name for name, p in everywhere if id(p) in own and not name.startswith(f"{path}."))
+    inside = tuple(f"{each}." for each in (path, *trained))
+    outside = (name for name, p in everywhere if id(p) in own and not name.startswith(inside))
     return next((name.rpartition(".")[0] for name in outside), None)

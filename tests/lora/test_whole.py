@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from adapters import answers_of, load, logits_of, write_random
 from layers import randomize, relative_difference
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import tiny_base, tiny_model
@@ -184,6 +185,26 @@ def test_letters_leave_out_what_is_trained_whole_and_a_name_may_not_stand_twice(
 def test_a_tied_weight_is_refused_on_either_side(name):
     with pytest.raises(ModelError, match="is tied to"):
         check_whole(tiny_model("llama-tied"), [name])
+
+
+@pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`:UserWarning")
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+def test_two_modules_that_share_a_weight_are_trained_as_two_and_merged_into_two(lora, tmp_path):
+    base = tiny_base(tmp_path / "base", "llama-tied")
+    out = write_random(tmp_path / "out", base, "qv", whole=["model.embed_tokens", "lm_head"])
+    expected = logits_of(base, load_adapter(out))
+    head, embedding = (load_adapter(out).extras[path]["weight"] for path in ("lm_head", "model.embed_tokens"))
+    assert not torch.equal(head, embedding)
+
+    lora("merge", "--adapter", out, "--out", tmp_path / "merged")
+
+    theirs = answers_of(PeftModel.from_pretrained(load(base), out))
+    merged = load(tmp_path / "merged")
+    assert not merged.config.tie_word_embeddings
+    assert torch.equal(merged.lm_head.weight, head)
+    assert torch.equal(merged.model.embed_tokens.weight, embedding)
+    for found in (theirs, answers_of(merged)):
+        assert max(map(relative_difference, found, expected)) <= 2e-6
 
 
 def test_a_quantised_module_is_refused(tmp_path):
