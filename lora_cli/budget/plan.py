@@ -4,7 +4,7 @@ What a recipe fixes is respected. Where nothing fits, the choice is what needs t
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 from lora_cli.budget.speed import Rates, seconds
@@ -33,6 +33,7 @@ class Limits:
     tokens: int
     pack_to: int | None = None
     micro_batch: int | None = None
+    row_length: int | None = None
     recompute: Recompute | None = None
 
 
@@ -46,30 +47,35 @@ class Option:
     batch: Batch
     memory: StepMemory
     seconds: float  # of one forward and backward
+    factor: float = 1.0  # what comes and goes in a step, measured ÷ predicted
 
     @property
     def needed(self) -> int:
         """With what the allocator loses."""
-        return self.memory.total + self.lost
+        return self.memory.standing + round(self.factor * self._passing) + self.lost
 
     @property
     def lost(self) -> int:
-        return round(FRAGMENTED * (self.memory.total - self.memory.standing))
+        return round(FRAGMENTED * self.factor * self._passing)
+
+    @property
+    def _passing(self) -> int:
+        return self.memory.total - self.memory.standing
 
     @property
     def tokens_per_second(self) -> float:
         return self.batch.tokens / self.seconds
 
 
-def choose(setup: Setup, lengths: Lengths, limits: Limits, rates: Rates, *, room: float) -> Option:
+def choose(setup: Setup, lengths: Lengths, limits: Limits, rates: Rates, *, room: float, factor: float = 1.0) -> Option:
     """The fastest that needs at most `room` bytes, weights and all; the smallest where none does.
 
-    Packed rows are made shorter than they may be only where that saves computing things twice.
+    A measured step may have shown that `factor` times as much comes and goes as the formula says. Packed rows are made shorter than they may be only where that saves computing things twice.
     """
     found: list[Option] = []
     cheapest = _modes(setup, limits)[0]
     for row_length in _row_lengths(lengths, limits):
-        options = list(_options(setup, lengths, limits, rates, row_length))
+        options = [replace(option, factor=factor) for option in _options(setup, lengths, limits, rates, row_length)]
         found += options
         if any(option.needed <= room for option in options if option.recompute == cheapest):
             break
@@ -110,8 +116,10 @@ def _row_lengths(lengths: Lengths, limits: Limits) -> Iterator[int | None]:
     if limits.pack_to is None:
         yield None
         return
-    row_length = min(limits.pack_to, limits.tokens)
+    row_length = limits.row_length or min(limits.pack_to, limits.tokens)
     yield row_length
+    if limits.row_length:
+        return
     while row_length > lengths.longest:
         row_length = max(lengths.longest, row_length // 2)
         yield row_length

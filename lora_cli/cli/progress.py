@@ -8,7 +8,7 @@ from typing import Self
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lora_cli.cli.console import animated, bytes_text, duration, err, inert, note, number, plain_table, show
-from lora_cli.models.recompute import described
+from lora_cli.models.recompute import described, recompute_of
 from lora_cli.runs.decision import Decision
 from lora_cli.runs.diagnosis import Finding
 from lora_cli.runs.facts import next_commands
@@ -23,6 +23,7 @@ from lora_cli.train.events import (
     Finished,
     Memory,
     OutOfMemory,
+    Relaid,
     Resumed,
     Sampled,
     Saved,
@@ -80,6 +81,15 @@ class Display(AbstractContextManager):
             case Memory():
                 predicted, found = bytes_text(event.predicted_bytes), bytes_text(event.measured_bytes)
                 note(f"memory of a step: {found}, predicted {predicted}", style="dim")
+            case Relaid():
+                layout, recompute = (
+                    Layout(event.micro_batch_size, event.row_length),
+                    recompute_of(event.gradient_checkpointing),
+                )
+                note(
+                    f"that is {event.factor:.2f} times what was predicted to come and go: from step {event.step + 1} on, "
+                    f"{_forward(layout)}, checkpointing {described(recompute)}"
+                )
             case Evaluated():
                 self.evaluations.append(event)
                 note(f"step {event.step:>5}  held-out loss {event.loss:.4f}  {_measured(event)}", style="bold")

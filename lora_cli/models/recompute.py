@@ -44,10 +44,13 @@ def described(recompute: Recompute) -> str:
 
 
 def checkpoint_activations(model: "PreTrainedModel", recompute: Recompute) -> None:
-    """Have the model's blocks, or their MLPs, compute their forward again; works over a frozen base.
+    """Have the model's blocks, or their MLPs, compute their forward again, and nothing else; works over a frozen base.
 
     Raises ModelError for `mlp` where blocks have no module of that kind.
     """
+    for module in model.modules():
+        if isinstance(module, _Recomputed):
+            module.__class__ = type(module).__bases__[1]
     for module in _recomputed_modules(model, recompute):
         _recompute(module)
 

@@ -2,14 +2,15 @@
 
 import logging
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
 
 from lora_cli.budget.gpus import gpu_of_device
-from lora_cli.budget.plan import Option
+from lora_cli.budget.plan import Lengths, Option
 from lora_cli.budget.shapes import shape_of
 from lora_cli.budget.speed import Rates
 from lora_cli.budget.step import Setup
@@ -36,7 +37,14 @@ class Decision:
     recompute: Recompute
     setup: Setup | None = None
     planned: Option | None = None
-    room: float = float("inf")
+    lengths: Lengths | None = None
+    place: Place | None = None
+    packed: bool = False
+
+    @property
+    def room(self) -> float:
+        """Bytes that weights and step may have together."""
+        return self.place.room if self.place else float("inf")
 
     @property
     def fits(self) -> bool:
@@ -78,9 +86,28 @@ def decision(
         )
         loaded = 0 if model.device.type == "meta" else setup.weight_bytes
         room = _least(_free(device) + loaded, accelerator)
-        found = decide(recipe, setup, lengths, Place(_kind(device), room, _rates(device), processes), packed=packed)
-        return Decision(Layout(found.micro_batch, found.row_length), found.recompute, setup, found, room)
+        place = Place(_kind(device), room, _rates(device), processes)
+        found = decide(recipe, setup, lengths, place, packed=packed)
+        return Decision(
+            Layout(found.micro_batch, found.row_length), found.recompute, setup, found, lengths, place, packed
+        )
     return _by_rule(recipe, lengths.longest, model, device, packed, processes)
+
+
+def calibrated(recipe: Recipe, decided: Decision, layout: Layout, factor: float) -> Decision:
+    """The decision once a step has shown that `factor` times as much comes and goes in it as was predicted.
+
+    Checkpointing changes no bit of what is trained, so it is chosen anew, more of it or less. The rows of a forward change
+    the order of sums, and what dropout draws: they stay those of `layout` wherever they fit with any checkpointing, though
+    others may be faster, and are fewer where they don't.
+    """
+    again = partial(decide, recipe, decided.setup, decided.lengths, decided.place, packed=decided.packed, factor=factor)
+    found = again(forward=(layout.micro_batch_size, layout.row_length))
+    if found.needed > decided.room:
+        found = again()
+    return replace(
+        decided, layout=Layout(found.micro_batch, found.row_length), recompute=found.recompute, planned=found
+    )
 
 
 def _by_rule(

@@ -103,17 +103,29 @@ def setup_of(
     )
 
 
-def decide(recipe: Recipe, setup: Setup, lengths: Lengths, place: Place, *, packed: bool) -> Option:
-    """Micro-batch, length of packed rows and checkpointing, with what they will need."""
+def decide(
+    recipe: Recipe,
+    setup: Setup,
+    lengths: Lengths,
+    place: Place,
+    *,
+    packed: bool,
+    factor: float = 1.0,
+    forward: tuple[int, int | None] | None = None,
+) -> Option:
+    """Micro-batch, length of packed rows and checkpointing, with what they will need; of a `forward` of so many rows, of
+    so many tokens, the checkpointing alone. `factor` is what a measured step has shown (`choose`)."""
     training = recipe.training
+    rows, row_length = forward or (None if training.micro_batch_size == "auto" else training.micro_batch_size, None)
     limits = Limits(
         examples=-(-training.global_batch_size // place.processes),
         tokens=TOKENS_PER_FORWARD[place.kind],
         pack_to=recipe.data.max_length if packed else None,
-        micro_batch=None if training.micro_batch_size == "auto" else training.micro_batch_size,
+        micro_batch=rows,
+        row_length=row_length,
         recompute=recompute_of(training.gradient_checkpointing),
     )
-    return choose(setup, lengths, limits, place.rates, room=place.room)
+    return choose(setup, lengths, limits, place.rates, room=place.room, factor=factor)
 
 
 def lengths_of(examples: "Examples") -> Lengths:

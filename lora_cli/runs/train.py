@@ -44,7 +44,7 @@ from lora_cli.runs.check import check_rows
 from lora_cli.runs.decision import decision
 from lora_cli.runs.folder import RunFolder
 from lora_cli.runs.history import INTERRUPTED, read_history
-from lora_cli.runs.metering import metered
+from lora_cli.runs.metering import metered, recompute_now
 from lora_cli.runs.parts import Rows, Run
 from lora_cli.runs.proof_rows import write_proof_rows
 from lora_cli.runs.record import Record, closed, described, opened, write_record
@@ -335,7 +335,11 @@ def _restored(run: Run, parts: Parts, found: Continuation) -> Progress:
         parts.rewind.snapshot = snapshot
     progress = found.checkpoint.progress
     if any(key in found.changed for key in LAYOUT):
-        progress.layout = run.settings.layout
+        progress.layout, progress.recompute, progress.factor = run.settings.layout, None, None
+    if "training.gradient_checkpointing" in found.changed:
+        progress.recompute = None
+    if progress.recompute is not None:
+        checkpoint_activations(run.model, progress.recompute)
     return progress
 
 
@@ -357,7 +361,7 @@ def _events(
         parameters=run.budget.trainable,
         micro_batch_size=(progress.layout or run.settings.layout).micro_batch_size,
         processes=run.accelerator.num_processes,
-        gradient_checkpointing=setting_of(run.decision.recompute),
+        gradient_checkpointing=setting_of(recompute_now(run, progress)),
         predicted_bytes=run.decision.planned.memory.total if run.decision.planned else None,
     )
     if shortage:

@@ -38,6 +38,17 @@ class Memory(Event):
 
 
 @dataclass(frozen=True)
+class Relaid(Event):
+    """What was measured is so far from what was predicted that the steps behind this one are made otherwise."""
+
+    step: int
+    factor: float  # what comes and goes in a step: measured ÷ predicted
+    micro_batch_size: int
+    row_length: int | None  # tokens of a packed row
+    gradient_checkpointing: str | bool | int  # as a recipe writes it
+
+
+@dataclass(frozen=True)
 class Resumed(Event):
     """A run goes on from the checkpoint of `step`; what it had logged behind it is dropped, for it comes again."""
 

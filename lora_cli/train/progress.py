@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
+from lora_cli.models.recompute import Recompute
 from lora_cli.train.layout import Layout
 
 
@@ -17,6 +18,10 @@ class Progress:
     kept_step: int | None = None  # the step after which the held-out loss was lowest, and that loss
     kept_loss: float | None = None
     layout: Layout | None = None  # as the forwards are now: smaller than the recipe's where memory was short
+    recompute: Recompute | None = (
+        None  # what is computed again, where a measured step has shown that another way is better
+    )
+    factor: float | None = None  # what comes and goes in a step, measured ÷ predicted; None: no step was measured yet
     fitted: int = 0  # tokens of the largest forward so far
     skipped: list[int] = field(default_factory=list)  # the latest steps whose update was not applied
     grad_norms: list[float] = field(default_factory=list)  # of the latest steps, before clipping

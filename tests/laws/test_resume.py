@@ -185,7 +185,7 @@ def test_what_was_logged_behind_the_checkpoint_is_told_once(lora, recipe, tmp_pa
 
     found = [(event["event"], event["step"]) for event in events(tmp_path / "out")]
     assert found[-9:] == [
-        *(("saved", 4), ("resumed", 4), ("started", 4), ("step", 5), ("step", 6), ("memory", 6)),
+        *(("saved", 4), ("resumed", 4), ("started", 4), ("step", 5), ("memory", 5), ("step", 6)),
         *(("evaluated", 6), ("saved", 6), ("finished", 6)),
     ]
     assert len({pair for pair in found if pair[0] == "step"}) == len([pair for pair in found if pair[0] == "step"]) == 6
