@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import byte_tokenizer, tiny_base
+from tiny import CONFIGS, ENCODERS, EXPERTS, byte_tokenizer, tiny_base
 
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))
 bench, contestants, rows = (importlib.import_module(name) for name in ("bench", "bench_contestants", "bench_rows"))
+before = importlib.import_module("bench_before")
 
 
 class Recorded:
@@ -88,3 +89,19 @@ def test_the_table_counts_tokens_of_rows_and_divides_turn_by_turn(setting):
     assert "2.00 ×" in lines[3]
     assert lines[3].startswith("| **lora** |")
     assert "the same for all" in lines[5]
+
+
+def test_every_architecture_is_held_against_older_code():
+    assert {case.config for case in before.CASES.values()} >= {*CONFIGS.values(), *EXPERTS.values(), *ENCODERS.values()}
+
+
+def test_a_slower_step_and_other_losses_are_told():
+    old = bench.Result([1.0] * 4, [5.0, 4.0])
+
+    assert not list(before.complaints("llama", old, bench.Result([1.04] * 4, [5.0, 4.0])))
+    assert list(before.complaints("llama", old, bench.Result([1.2] * 4, [5.0, 4.1]))) == [
+        "llama: losses are 2.5e-02 apart",
+        "llama: 1.20 times as slow as before",
+    ]
+    assert not list(before.complaints("llama", bench.Result(failed="unknown"), old))
+    assert list(before.complaints("llama", old, bench.Result(failed="broken"))) == ["llama: broken"]
