@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 from tiny import tiny_base
@@ -206,6 +207,8 @@ def _work(arguments, environment: dict[str, str], output: Path, before) -> None:
         GradientState._reset_state()
         sys.stdout, sys.stderr = (output.with_suffix(end).open("w", buffering=1) for end in (".out", ".err"))
         os.environ.update(environment)
+        # behind a fork torch makes its pool of threads anew: here, before the threads that load a model race for it
+        torch.set_num_threads(torch.get_num_threads())
         faulthandler.dump_traceback_later(120, exit=True, file=sys.stderr)
         sys.argv = ["lora", *map(str, arguments)]
         if before:
