@@ -66,7 +66,7 @@ HEAVY = {
 # typer takes pydantic itself where it is installed, as soon as it looks at a command's options
 @pytest.mark.parametrize(
     ("command", "heavy"),
-    [(["--help"], {*HEAVY, "pydantic"}), (["train", "--help"], HEAVY), (["params", "--help"], HEAVY)],
+    [(["--help"], {*HEAVY, "pydantic", "rich"}), (["train", "--help"], HEAVY), (["params", "--help"], HEAVY)],
     ids=["lora", "train", "params"],
 )
 def test_help_imports_nothing_heavy(command, heavy):

@@ -26,7 +26,10 @@ def check(
     quiet: Annotated[bool, typer.Option("--quiet", help="Print faults and warnings alone.")] = False,
     trust_remote_code: TrustOption = None,
 ) -> None:
-    """Prove a recipe, its rows, template, targets and disk before training: `lora check recipe.yaml`."""
+    """Prove recipe, rows, template, targets and disk before training.
+
+    Example: lora check recipe.yaml
+    """
     from lora_cli.cli.console import show_json
     from lora_cli.cli.tokenizing import tokenizing
     from lora_cli.export.runtimes import runtime_called

@@ -48,7 +48,7 @@ def compose(
     as_json: JsonOption = False,
     trust_remote_code: TrustOption = None,
 ) -> None:
-    """Add adapters of one base, with weights, into one adapter, and say how exact it is.
+    """Add adapters of one base into one, and say how exact it is.
 
     Example: lora compose chat/ code/ --weights 0.7,0.3 --out both/
     """

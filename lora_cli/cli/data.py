@@ -27,7 +27,10 @@ def data(
     json: JsonOption = False,
     trust_remote_code: TrustOption = None,
 ) -> None:
-    """Show rows as tokens, exactly as they are trained: `lora data recipe.yaml --row 17`."""
+    """Show rows as tokens, exactly as they are trained.
+
+    Example: lora data recipe.yaml --row 17
+    """
     from lora_cli.cli.console import show_json
     from lora_cli.cli.tokenizing import tokenizing
     from lora_cli.errors import Problem, RecipeError

@@ -34,7 +34,7 @@ def diff(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show in what two adapters differ: settings, updates, and the directions they share.
+    """Show in what two adapters differ: settings, updates, directions.
 
     Example: lora diff r8/ r64/ --picture overlap.svg
     """

@@ -6,7 +6,7 @@ import typer
 
 
 def doctor(json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False) -> None:
-    """Tell what this machine can do, what is missing, and how to get it."""
+    """Tell what this machine can do, and how to get what is missing."""
     from lora_cli.cli.console import plain_table, show, show_json, show_table
     from lora_cli.runs.doctor import examine
 

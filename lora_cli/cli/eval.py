@@ -29,7 +29,10 @@ def eval_(
     allow_base_mismatch: MismatchOption = False,
     trust_remote_code: TrustOption = None,
 ) -> None:
-    """Measure base and adapter side by side: `lora eval recipe.yaml`, or `lora eval --adapter out/ --data rows.jsonl`."""
+    """Measure base and adapter side by side.
+
+    Example: lora eval recipe.yaml, or lora eval --adapter out/ --data rows.jsonl
+    """
     from lora_cli.cli.console import inert, note, show_json
     from lora_cli.errors import Problem, RecipeError
 

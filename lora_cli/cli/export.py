@@ -33,7 +33,7 @@ def export(
     as_json: JsonOption = False,
     trust_remote_code: TrustOption = None,
 ) -> None:
-    """Write an adapter in another form, read it back, and prove that it acts as base + adapter do.
+    """Write an adapter in another form, and prove that it acts alike.
 
     Example: lora export --adapter out/ --to gguf-adapter --out adapter.gguf
     """

@@ -37,7 +37,7 @@ def extract(
     as_json: JsonOption = False,
     trust_remote_code: TrustOption = None,
 ) -> None:
-    """Write a full fine-tune minus its base as an adapter, and say what of the change it holds.
+    """Write a full fine-tune minus its base as an adapter.
 
     Example: lora extract --base base/ --tuned tuned/ --r 16 --out adapter/
     """

@@ -26,7 +26,10 @@ def generate(
     allow_base_mismatch: MismatchOption = False,
     trust_remote_code: TrustOption = None,
 ) -> None:
-    """Answer prompts by base and adapters side by side, in one load: `lora generate --adapter out/ --prompt 'What is a kludge?'`."""
+    """Answer prompts by base and adapters side by side, in one load.
+
+    Example: lora generate --adapter out/ --prompt 'What is a kludge?'
+    """
     from lora_cli.cli.console import inert, show, show_json
     from lora_cli.errors import Problem, RecipeError
     from lora_cli.recipe.schema import Model

@@ -30,7 +30,7 @@ def inspect(
     as_json: JsonOption = False,
     trust_remote_code: TrustOption = None,
 ) -> None:
-    """Show what an adapter is, how strong each module's update is, and how much of its rank works.
+    """Show what an adapter is, how strong, and how much rank works.
 
     Example: lora inspect out/ --base Qwen/Qwen3-0.6B
     """

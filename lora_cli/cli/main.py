@@ -4,13 +4,15 @@ import errno
 import os
 import re
 import sys
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from importlib import import_module
 from traceback import format_exc
 
 import typer
 
 from lora_cli import __version__
-from lora_cli.cli.launch import end_with_launcher, error_file, is_worker
+from lora_cli.cli.worker import end_with_launcher, error_file, is_worker
 from lora_cli.errors import (
     DistributedError,
     OutOfMemoryError,
@@ -27,59 +29,35 @@ HELP = {"-h", "--help"}
 ANY_VERSION = ("doctor", "schema")  # what reads no foreign files
 
 
-def app() -> typer.Typer:
-    from lora_cli.cli.check import check
-    from lora_cli.cli.compose import compose
-    from lora_cli.cli.data import data
-    from lora_cli.cli.diff import diff
-    from lora_cli.cli.doctor import doctor
-    from lora_cli.cli.eval import eval_
-    from lora_cli.cli.export import export
-    from lora_cli.cli.extract import extract
-    from lora_cli.cli.generate import generate
-    from lora_cli.cli.inspect import inspect
-    from lora_cli.cli.merge import merge
-    from lora_cli.cli.params import params
-    from lora_cli.cli.plan import plan
-    from lora_cli.cli.report import report
-    from lora_cli.cli.resize import resize
-    from lora_cli.cli.schema import schema
-    from lora_cli.cli.sweep import sweep
-    from lora_cli.cli.train import train
-    from lora_cli.cli.unmerge import unmerge
+# In the order of `lora --help`; each is a module of this package and a function in it
+COMMANDS = (
+    "train", "sweep", "check", "data", "eval", "generate", "report", "merge", "unmerge", "export", "inspect", "diff",
+    "compose", "extract", "resize", "params", "plan", "schema", "doctor",
+)  # fmt: skip
 
+
+def app(arguments: Sequence[str]) -> typer.Typer:
+    """The command that `arguments` name, else all: each that is imported costs milliseconds.
+
+    Plain text instead of typer's boxes: it starts 0.15 seconds sooner, and long option names stay whole on narrow screens.
+    """
     commands = typer.Typer(
         name="lora",
         help="LoRA fine-tuning from YAML recipes, with proof of what it did.",
         epilog=f"{DEBUG} on any command shows the traceback of an error.",
-        no_args_is_help=True,
         pretty_exceptions_enable=False,
+        rich_markup_mode=None,
         context_settings={"help_option_names": sorted(HELP)},
     )
     commands.callback()(_root)
-    for name, command in {
-        "train": train,
-        "sweep": sweep,
-        "check": check,
-        "data": data,
-        "eval": eval_,
-        "generate": generate,
-        "report": report,
-        "merge": merge,
-        "unmerge": unmerge,
-        "export": export,
-        "inspect": inspect,
-        "diff": diff,
-        "compose": compose,
-        "extract": extract,
-        "resize": resize,
-        "params": params,
-        "plan": plan,
-        "schema": schema,
-        "doctor": doctor,
-    }.items():
-        commands.command(name)(command)
+    named = next((argument for argument in arguments if not argument.startswith("-")), None)
+    for name in [named] if named in COMMANDS else COMMANDS:
+        commands.command(name)(_function(name))
     return commands
+
+
+def _function(name: str) -> Callable[..., None]:
+    return getattr(import_module(f"lora_cli.cli.{name}"), "eval_" if name == "eval" else name)
 
 
 def main() -> None:
@@ -88,7 +66,8 @@ def main() -> None:
     try:
         with raised():
             end_with_launcher()
-            app()([argument for argument in sys.argv[1:] if argument != DEBUG])
+            arguments = [argument for argument in sys.argv[1:] if argument != DEBUG]
+            app(arguments)(arguments or ["--help"])
     except Interruption as signal:
         sys.exit(signal.code)
     except UserError as error:

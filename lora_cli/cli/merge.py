@@ -45,7 +45,7 @@ def merge(
     as_json: JsonOption = False,
     trust_remote_code: TrustOption = None,
 ) -> None:
-    """Write base + adapter as one model, prove that it answers the same, and say what storing it lost.
+    """Write base + adapter as one model, and prove that it is.
 
     Example: lora merge --adapter out/ --out merged/
     """

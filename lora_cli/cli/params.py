@@ -34,7 +34,7 @@ def params(
     as_list: Annotated[bool, typer.Option("--list", help="Show the catalogue.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Show what an adapter trains, module by module, and what full fine-tuning, LoRA and QLoRA keep in memory.
+    """Count what an adapter trains, and what training needs in memory.
 
     Example: lora params --model Qwen3-8B --r 16 --targets qkvo
     """

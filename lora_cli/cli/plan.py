@@ -20,7 +20,10 @@ def plan(
     price: Annotated[float | None, typer.Option(min=0, help="Of one of them for an hour, for the cost.")] = None,
     json: JsonOption = False,
 ) -> None:
-    """Predict memory, time and cost before a run: `lora plan configs/llama31-8b-qlora.yaml --gpu "RTX 4090"`."""
+    """Predict memory, time and cost before a run, for any GPU.
+
+    Example: lora plan configs/llama31-8b-qlora.yaml --gpu "RTX 4090"
+    """
     from lora_cli.cli.console import show_json
     from lora_cli.recipe.reader import read_recipe
     from lora_cli.runs.plan import plan as make

@@ -12,7 +12,10 @@ def report(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", show_default=False)],
     as_json: JsonOption = False,
 ) -> None:
-    """Write a run's report.html and README.md again, and say what stands out: `lora report out/`."""
+    """Write a run's page and model card, and say what stands out.
+
+    Example: lora report out/
+    """
     from dataclasses import asdict
 
     from lora_cli.cli.console import inert, show, show_json

@@ -29,7 +29,7 @@ def resize(
     as_json: JsonOption = False,
     trust_remote_code: TrustOption = None,
 ) -> None:
-    """Cut an adapter to a lower rank: the best update of that rank there is, and how far it is from the whole.
+    """Cut an adapter to the best update of a lower rank.
 
     Example: lora resize out/ --r 4 --out small/
     """

@@ -50,7 +50,7 @@ def sweep(
     ] = GRACE_SECONDS,
     as_json: JsonOption = False,
 ) -> None:
-    """Train a recipe with several values of some keys and compare what comes of them.
+    """Train a recipe with several values of keys, and compare.
 
     Example: lora sweep recipe.yaml --grid lora.r=4,8,16 --grid training.learning_rate=1e-4,3e-4
     """

@@ -39,7 +39,10 @@ def train(
     ] = None,
     trust_remote_code: TrustOption = None,
 ) -> None:
-    """Train an adapter: `lora train configs/llama7b-qv.yaml --set lora.r=16`."""
+    """Train an adapter as a recipe says.
+
+    Example: lora train configs/llama7b-qv.yaml --set lora.r=16
+    """
     from lora_cli.recipe.reader import read_recipe, with_output
 
     if resume and overwrite:
@@ -60,7 +63,8 @@ def train(
     from lora_cli.runs.folder import RunFolder
 
     folder = RunFolder(Path(loaded.recipe.output))
-    from lora_cli.cli.launch import is_first_worker, is_worker, join_others, run_as_workers
+    from lora_cli.cli.launch import join_others, run_as_workers
+    from lora_cli.cli.worker import is_first_worker, is_worker
 
     join_others(processes, on)
     if is_first_worker():
@@ -74,8 +78,9 @@ def _train(loaded, folder, *, resume: bool, overwrite: bool, allow_change: list[
     from contextlib import nullcontext
 
     from lora_cli.cli.console import note
-    from lora_cli.cli.launch import is_first_worker, leave_hanging, shortage_before
+    from lora_cli.cli.launch import shortage_before
     from lora_cli.cli.tokenizing import tokenizing
+    from lora_cli.cli.worker import is_first_worker, leave_hanging
     from lora_cli.runs.train import execute, prepare
     from lora_cli.signals import noted
     from lora_cli.train.parallel import leave_group, quiet_unless_first

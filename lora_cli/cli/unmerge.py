@@ -23,7 +23,7 @@ def unmerge(
     as_json: JsonOption = False,
     trust_remote_code: TrustOption = None,
 ) -> None:
-    """Take an adapter off a merged model again, and say how far from the base the result can be.
+    """Take an adapter off a merged model, and say how near that comes.
 
     Example: lora unmerge --merged out/merged --adapter out/ --out base/
     """

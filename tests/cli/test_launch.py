@@ -21,6 +21,7 @@ from torch.distributed.elastic.rendezvous.api import RendezvousConnectionError
 from lora_cli.cli import launch, profiles
 from lora_cli.cli.profiles import Profile, profile_folders, read_profile
 from lora_cli.cli.slurm import first_host, worker_of_srun
+from lora_cli.cli.worker import ERRORS
 from lora_cli.errors import DistributedError, RecipeError, SafetyError, is_out_of_memory
 from lora_cli.train.events import OutOfMemory
 from lora_cli.train.parallel import agree, make_accelerator
@@ -55,7 +56,7 @@ def launched(monkeypatch):
             if error:
                 raise error
 
-        monkeypatch.setenv(launch.ERRORS, "")
+        monkeypatch.setenv(ERRORS, "")
         monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", lambda config, program: start)
         monkeypatch.setattr(launch, "_visible_gpus", lambda: gpus)
         return started
@@ -503,7 +504,7 @@ def test_a_worker_that_lost_the_others_is_exit_8(error, lora, recipe, monkeypatc
 
 def test_what_our_workers_have_to_say_is_left_to_the_launcher(lora, recipe, monkeypatch, tmp_path):
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv(launch.ERRORS, str(tmp_path))
+    monkeypatch.setenv(ERRORS, str(tmp_path))
     monkeypatch.setattr("lora_cli.cli.main.end_with_launcher", lambda: None)
 
     done = lora("train", recipe({"model.base": "./nowhere"}), code=4)
