@@ -18,12 +18,14 @@ def data(
     row: Annotated[
         str | None, typer.Option(metavar="[SOURCE:]N", help="The row of this number, as messages name it.")
     ] = None,
-    source: Annotated[str | None, typer.Option(help="Rows of this source, as the recipe names it.")] = None,
+    source: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Rows of this source, as the recipe names it.")
+    ] = None,
     held_out: Annotated[bool, typer.Option("--held-out", help="Held-out rows instead of those trained on.")] = False,
     packed: Annotated[bool, typer.Option("--packed", help="The rows of one step as they are packed.")] = False,
-    step: Annotated[int, typer.Option(min=1, help="The step that --packed shows.")] = 1,
+    step: Annotated[int, typer.Option(metavar="N", min=1, help="The step that --packed shows.")] = 1,
     tokens: Annotated[bool, typer.Option("--tokens", help=f"Put a {BORDER} between tokens.")] = False,
-    limit: Annotated[int, typer.Option(min=1, help="Examples, or packed rows, to show at most.")] = 3,
+    limit: Annotated[int, typer.Option(metavar="N", min=1, help="Examples, or packed rows, to show at most.")] = 3,
     json: JsonOption = False,
     trust_remote_code: TrustOption = None,
 ) -> None:

@@ -21,7 +21,7 @@ def generate(
             help="A prompt; may be repeated. Without it, one a line from stdin. JSON where `data.template` has several fields."
         ),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens an answer has at most.")] = 96,
+    max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens an answer has at most.")] = 96,
     json: JsonOption = False,
     allow_base_mismatch: MismatchOption = False,
     trust_remote_code: TrustOption = None,

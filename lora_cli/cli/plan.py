@@ -17,7 +17,9 @@ def plan(
         str | None, typer.Option(metavar="NAME", help='Such as "RTX 4090" or H100; else this machine\'s device.')
     ] = None,
     gpus: Annotated[int, typer.Option(metavar="N", min=1, help="How many of them share the work.")] = 1,
-    price: Annotated[float | None, typer.Option(min=0, help="Of one of them for an hour, for the cost.")] = None,
+    price: Annotated[
+        float | None, typer.Option(metavar="X", min=0, help="Of one of them for an hour, for the cost.")
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Predict memory, time and cost before a run, for any GPU.

@@ -46,7 +46,7 @@ def sweep(
         typer.Option("--together", help="Train all runs at once, in shared forwards: equal to rounding, not in bytes."),
     ] = False,
     grace: Annotated[
-        float, typer.Option(min=0, help="Seconds from a signal to the end, for steps to be saved.")
+        float, typer.Option(metavar="SECONDS", min=0, help="From a signal to the end, for steps to be saved.")
     ] = GRACE_SECONDS,
     as_json: JsonOption = False,
 ) -> None:

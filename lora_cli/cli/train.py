@@ -13,7 +13,9 @@ from lora_cli.signals import GRACE_SECONDS
 def train(
     recipe: RecipeArgument,
     set_: SetOption = None,
-    out: Annotated[Path | None, typer.Option(help="Run folder, instead of the recipe's `output`.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Run folder, instead of the recipe's `output`.")
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the run in the folder from its newest checkpoint.")
     ] = False,
@@ -25,14 +27,15 @@ def train(
         typer.Option(metavar="FIELD", help="With --resume: go on though this has changed; may be repeated."),
     ] = None,
     grace: Annotated[
-        float, typer.Option(min=0, help="Seconds from a signal to the end, for the step to be saved.")
+        float, typer.Option(metavar="SECONDS", min=0, help="From a signal to the end, for the step to be saved.")
     ] = GRACE_SECONDS,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Print the resolved recipe, the budget and the planned steps; train nothing."),
     ] = False,
     processes: Annotated[
-        int | None, typer.Option(min=1, help="Processes on this machine; default: every visible GPU, else 1.")
+        int | None,
+        typer.Option(metavar="N", min=1, help="Processes on this machine; default: every visible GPU, else 1."),
     ] = None,
     on: Annotated[
         str | None, typer.Option(metavar="PROFILE", help="Where to run: a name from configs/launch/, or a file.")
