@@ -7,7 +7,8 @@
 
 The older code is checked out into a temporary worktree. Each has a process, and they take turns, step by step, over the
 same random model of a size where products count (hidden 256, 4 blocks) and the same rows; what counts is processor time
-on one thread, the lower quartile of the steps, which other work disturbs least. Exits with 1 where losses differ, or a step is slower by more than noise.
+on one thread, the lower quartile of the steps, which other work disturbs least. Exits with 1 where losses differ, or a
+step is slower by more than noise.
 """
 
 import argparse

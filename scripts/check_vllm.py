@@ -168,15 +168,8 @@ def compared(models: Models, folder: Path) -> int:
 def refused_by_us(adapter, model) -> str:
     from lora_cli.export.runtimes import Subject, findings
 
-    subject = Subject(
-        adapter.config,
-        tuple(adapter.layers),
-        tuple(adapter.extras),
-        tied=bool(getattr(model.config, "tie_word_embeddings", False)),
-        model_type=model.config.model_type,
-        kinds=adapter.kinds,
-    )
-    return "; ".join(found.what for found in findings("vllm", subject) if found.verdict.outcome == "refused")
+    found = findings("vllm", Subject.of(adapter, model.config))
+    return "; ".join(each.what for each in found if each.verdict.outcome == "refused")
 
 
 def refused_by_vllm(models: Models, model, folder: Path) -> str:

@@ -198,7 +198,7 @@ MUTANTS = (
     # The files of PEFT
     Mutant(
         "keys lack PEFT's prefix",
-        "lora/peft_format.py",
+        "lora/peft_tables.py",
         'PREFIX = "base_model.model."',
         'PREFIX = "base_model."',
         "lora/test_peft_both_ways.py",

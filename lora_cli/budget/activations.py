@@ -57,14 +57,12 @@ class How:
     use_dora: bool = False
     freeze_A: bool = False  # B alone is trained: the inputs of adapters are not needed again
     doubled: bool = False  # the start of A and B is taken off again: twice the rank
-    holds_inputs: bool = (
-        False  # frozen linears hold what they read until they are passed backwards, also if that comes again
-    )
+    # frozen linears hold what they read until they are passed backwards, also if that is computed again
+    holds_inputs: bool = False
     widened: bool = False  # numbers of 16 bits are multiplied in float32: on a CPU without instructions for them
     logits_at_once: int | None = LOGITS_AT_ONCE["cuda"]  # a stretch of rows; None where the model makes all of them
-    by_position: bool = (
-        False  # a stretch is of labelled positions; else of all rows at the places where one has a label
-    )
+    # a stretch is of labelled positions; else of all rows at the places where one has a label
+    by_position: bool = False
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,8 @@ class Option:
 def choose(setup: Setup, lengths: Lengths, limits: Limits, rates: Rates, *, room: float, factor: float = 1.0) -> Option:
     """The fastest that needs at most `room` bytes, weights and all; the smallest where none does.
 
-    A measured step may have shown that `factor` times as much comes and goes as the formula says. Packed rows are made shorter than they may be only where that saves computing things twice.
+    A measured step may have shown that `factor` times as much comes and goes as the formula says. Packed rows are made
+    shorter than they may be only where that saves computing things twice.
     """
     found: list[Option] = []
     cheapest = _modes(setup, limits)[0]

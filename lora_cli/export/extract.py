@@ -95,7 +95,8 @@ def extract(
 ) -> Extracted:
     """Write tuned − base as an adapter of `base`, of rank `r` or of the ranks that hold `energy` of each ‖ΔW‖².
 
-    What is `kept` is held as it is, and so are the rows of tokens that the base has none for. Raises ModelError for models of different shapes, and where none of the chosen weights has changed.
+    What is `kept` is held as it is, and so are the rows of tokens that the base has none for. Raises ModelError for models
+    of different shapes, and where none of the chosen weights has changed.
     """
     refuse_output(out)
     before, after = _Model.of(base.folder), _Model.of(tuned.folder)

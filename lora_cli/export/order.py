@@ -86,13 +86,8 @@ class ExportReport:
 
 def subject_of(order: Order) -> Subject:
     """The adapter as runtimes see it."""
-    adapter = order.adapter
-    whole = [path for path in adapter.extras if path not in adapter.biases]
-    seen = Subject(adapter.config, tuple(adapter.layers), whole, kinds=adapter.kinds)
-    if order.base is None:
-        return seen
-    base = skeleton(order.base.folder, head_of(adapter)).config
-    return replace(seen, tied=bool(base.tie_word_embeddings), model_type=base.model_type)
+    base = skeleton(order.base.folder, head_of(order.adapter)).config if order.base else None
+    return Subject.of(order.adapter, base)
 
 
 def accepted(order: Order, runtime: str) -> tuple[tuple[Unserved, ...], tuple[str, ...]]:

@@ -8,10 +8,15 @@ Only what a config and names tell is looked at, so that a recipe can be asked be
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from lora_cli.errors import ModelError, Problem, RecipeError
 from lora_cli.lora.config import LoRAConfig
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from lora_cli.lora.adapter import Adapter
 
 MERGE = "`lora merge` it, and serve the merged model"
 PLAIN = "train without DoRA, or `lora merge` it and `lora extract` a plain adapter"
@@ -21,8 +26,8 @@ PLAIN = "train without DoRA, or `lora merge` it and `lora extract` a plain adapt
 class Subject:
     """An adapter as runtimes see it, trained or still to be: its config, its modules, and those trained whole.
 
-    `kinds` are those of the weights it changes (`lora/weights.py`); `tied` where the base has one weight for its head and its embedding; `model_type` is transformers' name of its kind,
-    None where the base is not at hand.
+    `kinds` are those of the weights it changes (`lora/weights.py`); `tied` where the base has one weight for its head and
+    its embedding; `model_type` is transformers' name of its kind, None where the base is not at hand.
     """
 
     config: LoRAConfig
@@ -31,6 +36,18 @@ class Subject:
     tied: bool = False
     model_type: str | None = None
     kinds: Collection[str] = ("linear",)
+
+    @classmethod
+    def of(cls, adapter: "Adapter", base: "PretrainedConfig | None" = None) -> "Subject":
+        """A trained adapter, and the config of its base where that is at hand."""
+        return cls(
+            adapter.config,
+            tuple(adapter.layers),
+            [path for path in adapter.extras if path not in adapter.biases],
+            tied=base is not None and bool(base.tie_word_embeddings),
+            model_type=base.model_type if base is not None else None,
+            kinds=adapter.kinds,
+        )
 
     @property
     def ranks(self) -> set[int]:

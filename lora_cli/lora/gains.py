@@ -3,8 +3,9 @@
     m · (W + ΔW) / ‖W + ΔW‖  =  diag(g) W + N                g = m / ‖W + ΔW‖ [out],   N = diag(g) ΔW
     W + Σ wᵢ (Wᵢ − W)        =  diag(1 + Σ wᵢ (gᵢ − 1)) W + Σ wᵢ Nᵢ
 
-(Liu et al. 2024, DoRA, equation 5). A plain LoRA has g = 1 everywhere. So a sum of DoRAs, and of DoRAs with plain adapters, is a
-DoRA of all the ranks together, and a cut of N is the best cut of the whole: only the row norms must be known, and with them the base.
+(Liu et al. 2024, DoRA, equation 5). A plain LoRA has g = 1 everywhere. So a sum of DoRAs, and of DoRAs with plain
+adapters, is a DoRA of all the ranks together, and a cut of N is the best cut of the whole: only the row norms must be
+known, and with them the base.
 """
 
 from collections.abc import Callable, Mapping
@@ -55,7 +56,7 @@ def no_weight(path: str) -> Tensor:
 def opened(adapter: Adapter, own: Own) -> Opened:
     """Of a plain adapter itself, with gains of 1."""
     if not adapter.config.use_dora:
-        return Opened(adapter, {path: _ones(factors) for path, factors in adapter.layers.items()})
+        return Opened(adapter, {path: torch.ones(len(f.B), dtype=torch.float64) for path, f in adapter.layers.items()})
     layers, gains = {}, {}
     for path, factors in adapter.layers.items():
         scale = adapter.config.at(path).scale
@@ -95,7 +96,3 @@ def refuse_experts(adapter: Adapter) -> None:
     if expert:
         what = f"PEFT's format has no magnitudes for experts ({expert}), so that they can't stand beside a DoRA"
         raise ModelError(Problem(what, fix="`lora merge` them, and `lora extract` from the result what both have"))
-
-
-def _ones(factors: Factors) -> Tensor:
-    return torch.ones(len(factors.B), dtype=torch.float64)

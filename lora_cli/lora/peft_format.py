@@ -24,7 +24,8 @@ from lora_cli.lora.base_files import PICKLES, Fingerprint, read_header, read_met
 from lora_cli.lora.biases import ALL, LORA_ONLY, NONE
 from lora_cli.lora.config import SEQ_CLS, LoRAConfig, of_expert
 from lora_cli.lora.identity import TokenizerFingerprint
-from lora_cli.lora.tokens import NAME, ROWS
+from lora_cli.lora.peft_tables import PREFIX, in_full, of_every_token, trained_rows
+from lora_cli.lora.tokens import ROWS
 from lora_cli.lora.weights import CONVOLUTION, EMBEDDING
 
 log = logging.getLogger(__name__)
@@ -40,7 +41,6 @@ HEADS = ("classifier", "score")  # PEFT names both in the config of every classi
 TOKENIZER = "lora.tokenizer_fingerprint"
 ORIGIN = "lora.origin"
 COMPLETES = "lora.completes"
-PREFIX = "base_model.model."
 LARGEST_CONFIG_BYTES = 1_000_000
 LARGEST_HEADER_BYTES = 1_000_000  # 126 blocks with 7 targets of 3 tensors each have 0.4 MB
 LARGEST_WEIGHTS_BYTES = 4_000_000_000
@@ -65,10 +65,6 @@ NOT_READ: Mapping[str, tuple] = {
 CHOOSES_OTHERWISE = ("exclude_modules", "layers_to_transform")
 COPIES = tuple(f".{name}.base_layer.weight" for name in ("embed_tokens", "lm_head"))
 BIASES_AGAIN = (".modules_to_save.bias", ".original_module.bias")
-FULL_TABLE = f".{NAME}.base_layer.weight"
-VOCABULARY = ("embed_tokens", "wte", "word_embeddings", "embed_in", "lm_head", "embed_out")
-WRAPPED = ("modules_to_save.weight", "original_module.weight")  # a module trained whole, and the one under it
-HEAD_IN_FULL = re.compile(re.escape(PREFIX) + r"[^.]+\.weight")  # heads stand outside of the base model
 PARTS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
 # What wrappers put into the names of a module's tensors, wherever they stand
 WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
@@ -190,10 +186,10 @@ def load_adapter(folder: Path) -> Adapter:
         raise ModelError(Problem(f"it is damaged: {error}", where=str(file), fix="copy or train it again")) from error
     tensors = _without_copies(_repaired(tensors, where=file), where=file)
     listed = config.trainable_tokens
-    tables, used = ({}, set()) if listed else _in_full(tensors, config.modules_to_save)
+    tables, used = ({}, set()) if listed else in_full(tensors, config.modules_to_save)
     if tables:
         tensors = {name: tensor for name, tensor in tensors.items() if name not in used}
-        config = _of_every_token(config, tables)
+        config = of_every_token(config, tables)
     extras = _extras(tensors, config.modules_to_save)
     _check_extras(extras, config, where=file)
     whole = {f"{PREFIX}{path}.{name}" for path, state in extras.items() for name in state}
@@ -202,7 +198,7 @@ def load_adapter(folder: Path) -> Adapter:
     whole |= {name for name, _ in biases.values()}
     others = {name: tensor for name, tensor in tensors.items() if name not in whole}
     if listed:
-        tables, used = _tables(others, listed)
+        tables, used = trained_rows(others, listed)
         whole |= used
     extras |= {path: {ROWS: rows.to(torch.float32)} for path, rows in tables.items()}
     layers, forms = _layers({name: t for name, t in tensors.items() if name not in whole}, config, where=file)
@@ -461,54 +457,6 @@ def _biases(tensors: Mapping[str, Tensor], bias: str) -> dict[str, tuple[str, Te
     names = [name for name in tensors if name.startswith(PREFIX) and name.endswith(".bias")]
     paths = [name.removeprefix(PREFIX).removesuffix(".bias").removesuffix(".base_layer") for name in names]
     return {path: (name, tensors[name]) for path, name in sorted(zip(paths, names, strict=True))}
-
-
-def _tables(tensors: Mapping[str, Tensor], tokens: Sequence[int]) -> tuple[dict[str, Tensor], set[str]]:
-    """The trained rows by table, and the names of all tensors that belong to tables.
-
-    Where the vocabulary was resized, PEFT saves the tables in full beside them. In that of a head which it did not train
-    stand the rows that new tokens were given at random; those of a tied head are the embedding's once more.
-    """
-    rows = {name.removesuffix(f".{ROWS}"): tensor for name, tensor in tensors.items() if name.endswith(f".{ROWS}")}
-    full = {name for name in tensors if name.endswith(FULL_TABLE) or HEAD_IN_FULL.fullmatch(name)}
-    used = full | {f"{path}.{ROWS}" for path in rows}
-    for name in filter(HEAD_IN_FULL.fullmatch, full):
-        if len(tensors[name]) > max(tokens):
-            rows[name.removesuffix(".weight")] = tensors[name][list(tokens)]
-    return {path.removeprefix(PREFIX): table for path, table in _without_tied(rows).items()}, used
-
-
-def _in_full(tensors: Mapping[str, Tensor], names: Sequence[str]) -> tuple[dict[str, Tensor], set[str]]:
-    """Embedding and head, by path, as PEFT saves them where their vocabulary was resized: in full, trained or not; and the
-    names of all tensors that belong to them.
-
-    Those that are trained whole stand there three times. Of a vocabulary of the base's own size there are none, but for
-    those trained whole, which are read as such.
-    """
-    endings = tuple(f".{name}.weight" for name in VOCABULARY)
-    paths = {name.removesuffix(".weight"): tensor for name, tensor in tensors.items() if name.endswith(endings)}
-    again = any(f"{path}.{copy}" in tensors for path in paths for copy in WRAPPED)
-    if not again and all(path.endswith(tuple(names)) for path in paths):
-        return {}, set()
-    if len({len(table) for table in paths.values()}) > 1:
-        return {}, set()
-    found = {path.removeprefix(PREFIX): table for path, table in _without_tied(paths).items()}
-    return found, {f"{path}.{name}" for path in paths for name in ("weight", *WRAPPED)}
-
-
-def _of_every_token(config: LoRAConfig, full: Mapping[str, Tensor]) -> LoRAConfig:
-    """The config of an adapter whose tables stand in it in full: a table trained whole is one of which every row is, and
-    rows may be more than the base's."""
-    tokens = range(len(next(iter(full.values()))))
-    rest = tuple(name for name in config.modules_to_save if not any(path.endswith(name) for path in full))
-    return replace(config, trainable_tokens=tuple(tokens), modules_to_save=rest)
-
-
-def _without_tied(tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Without a head that is the embedding once more. The names are those in the file, as are these."""
-    heads = [path for path in tables if HEAD_IN_FULL.fullmatch(f"{path}.weight")]
-    tied = {h for h in heads for path in tables if path != h and torch.equal(tables[h], tables[path])}
-    return {path: tables[path] for path in sorted(tables) if path not in tied}
 
 
 def _check_extras(extras: Mapping[str, Mapping[str, Tensor]], config: LoRAConfig, where: Path) -> None:

@@ -59,14 +59,13 @@ def setup_of(
     widened: bool = False,
     biases: int | None = None,
 ) -> Setup:
-    """What the recipe trains on this base, which may be quantised on disk, with numbers of so many bytes, `widened` for products where the device has no
-    others; `biases` where it trains every bias there is.
+    """What the recipe trains on this base, which may be quantised on disk, with numbers of so many bytes.
+
+    `widened` for products where the device has no others; `biases` where it trains every bias there is.
     """
     lora = recipe.lora
-    window, quantised = (
-        shape.config.get("sliding_window"),
-        QUANTIZE[recipe.model.quantize] or quantised_by(shape.config),
-    )
+    window = shape.config.get("sliding_window")
+    quantised = QUANTIZE[recipe.model.quantize] or quantised_by(shape.config)
     how = How(
         number=number,
         attention=attention,

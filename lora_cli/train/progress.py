@@ -18,9 +18,8 @@ class Progress:
     kept_step: int | None = None  # the step after which the held-out loss was lowest, and that loss
     kept_loss: float | None = None
     layout: Layout | None = None  # as the forwards are now: smaller than the recipe's where memory was short
-    recompute: Recompute | None = (
-        None  # what is computed again, where a measured step has shown that another way is better
-    )
+    # what is computed again, where a measured step has shown that another way is better
+    recompute: Recompute | None = None
     factor: float | None = None  # what comes and goes in a step, measured ÷ predicted; None: no step was measured yet
     fitted: int = 0  # tokens of the largest forward so far
     skipped: list[int] = field(default_factory=list)  # the latest steps whose update was not applied
