@@ -44,7 +44,7 @@ class Subject:
             adapter.config,
             tuple(adapter.layers),
             [path for path in adapter.extras if path not in adapter.biases],
-            tied=base is not None and bool(base.tie_word_embeddings),
+            tied=bool(getattr(base, "tie_word_embeddings", False)),  # images have no words
             model_type=base.model_type if base is not None else None,
             kinds=adapter.kinds,
         )
